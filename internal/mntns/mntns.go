@@ -1,0 +1,66 @@
+// Package mntns runs a function in another mount namespace, within this
+// process.
+//
+// Go moves goroutines between threads, and a mount namespace belongs to a
+// thread. The function therefore runs on a thread that is locked for it, gets
+// a file-system context of its own, enters the namespace, and is thrown away
+// afterwards, since there is no sure way back.
+package mntns
+
+import (
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// Do calls use on a thread in the mount namespace that the descriptor ns stands
+// for, such as one of /proc/PID/ns/mnt, with the root of that namespace as its
+// root and working directory. It returns use's error.
+//
+// proc is a descriptor of the thread's own directory in /proc, made before it
+// entered the namespace, whose /proc may be another or missing. use must not
+// keep it, and what it does in other goroutines is not done in the namespace.
+//
+// Do needs CAP_SYS_ADMIN in the user namespace that owns the mount namespace,
+// CAP_SYS_ADMIN and CAP_SYS_CHROOT in its own (setns(2)), and costs a thread
+// each time.
+func Do(ns int, use func(proc int) error) error {
+	result := make(chan error, 1)
+	go onOwnThread(func() { result <- enter(ns, use) })
+	return <-result
+}
+
+// onOwnThread calls f on a thread that ends with it.
+func onOwnThread(f func()) {
+	runtime.LockOSThread() // for good: the thread ends with the goroutine
+	if unix.Gettid() != unix.Getpid() {
+		f()
+		return
+	}
+	// The main thread cannot end, and what it does shows in /proc/self, so it
+	// stays as it is. While it is locked here, the next goroutine gets another.
+	defer runtime.UnlockOSThread()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		onOwnThread(f)
+	}()
+	<-done
+}
+
+func enter(ns int, use func(proc int) error) error {
+	proc, err := unix.Open("/proc/thread-self", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("open", err)
+	}
+	defer unix.Close(proc)
+	// setns refuses a thread that shares its root and working directory.
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return os.NewSyscallError("unshare", err)
+	}
+	if err := unix.Setns(ns, unix.CLONE_NEWNS); err != nil {
+		return os.NewSyscallError("setns", err)
+	}
+	return use(proc)
+}

@@ -1,0 +1,262 @@
+package procfs
+
+import (
+	"bytes"
+	"iter"
+)
+
+// A MountTable is the rows of a mountinfo file, kept to be compared with what
+// the file says later. Comparing costs little more than looking at each byte:
+// only rows that differ are decoded.
+//
+// [MountTable.Compare] leaves the table as it is, and [MountTable.Commit] makes
+// the new rows the table's, so a text that proves unfit can be dropped.
+type MountTable struct {
+	parser MountInfoParser
+	rows   []*MountRow
+	byID   map[uint32]*MountRow // the rows that have an ID
+	pass   uint64               // counts the calls of Compare
+	last   uint64               // the last Seq given away
+}
+
+// A MountRow is one row of a [MountTable]. It does not change once it is in the
+// table: a row that differs is another MountRow.
+type MountRow struct {
+	MountInfo
+	Raw string // the row as the kernel wrote it, without its line feed
+	Err error  // why Raw could not be decoded, a *RowError; MountInfo is then incomplete
+
+	// Seq is the same for all rows of one mount, and greater for mounts that
+	// appeared later.
+	Seq uint64
+
+	// Hidden is for the user of the table. A new row has it false.
+	Hidden bool
+
+	hasID bool
+	pos   int    // index in the table's rows
+	pass  uint64 // the last Compare that found this row in its text
+}
+
+// A MountDiff is how a mountinfo text differs from a [MountTable].
+type MountDiff struct {
+	Gone    []*MountRow // rows of mounts that are not there any more, in the table's order
+	New     []*MountRow // rows of mounts that were not there, in the text's order
+	Changed []RowChange // rows that differ, in the text's order
+	Kept    int         // how many mounts are in both, changed or not
+	Rows    []*MountRow // all rows of the text, which are the table's after Commit
+
+	first int // index of the first row that was not in this place; -1: none
+}
+
+// A RowChange is a mount whose row differs.
+type RowChange struct{ Old, New *MountRow }
+
+// Empty tells whether there is no difference.
+func (d *MountDiff) Empty() bool { return len(d.Gone)+len(d.New)+len(d.Changed) == 0 }
+
+// Rows returns the rows of the table, which must not be changed.
+func (t *MountTable) Rows() []*MountRow { return t.rows }
+
+// Compare compares the table with a mountinfo text. It does not keep the text.
+//
+// Rows belong to the same mount when mount ID, device and file system type are
+// the same. The kernel gives the ID of a mount that is gone to the next one, so
+// a mount that was replaced by one of the same device and type is taken for the
+// same. No ID should stand in the text twice, see [DropRepeated].
+//
+// The kernel lists mounts in the order of their creation (since Linux 6.8, and
+// mostly before). Compare is fast when that holds, and right when it does not.
+func (t *MountTable) Compare(text []byte) *MountDiff {
+	t.pass++
+	d := &MountDiff{Rows: make([]*MountRow, 0, len(t.rows)+1), first: -1}
+	next := 0 // the row of the table that is expected
+	for line := range lines(text) {
+		if next < len(t.rows) && t.rows[next].Raw == string(line) {
+			t.keep(d, t.rows[next])
+			next++
+			continue
+		}
+		old := t.find(line)
+		if old == nil {
+			t.add(d, line)
+			continue
+		}
+		// The rows between the expected one and this one are gone, or come
+		// later.
+		next = max(next, old.pos+1)
+		t.match(d, old, line)
+	}
+	if d.Kept < len(t.rows) {
+		for _, row := range t.rows {
+			if row.pass != t.pass {
+				d.Gone = append(d.Gone, row)
+			}
+		}
+	}
+	return d
+}
+
+// Commit makes the rows of d the table's. d comes from a Compare since the last
+// Commit.
+func (t *MountTable) Commit(d *MountDiff) {
+	if t.byID == nil {
+		t.byID = make(map[uint32]*MountRow, len(d.New))
+	}
+	for _, row := range d.Gone {
+		if t.byID[row.ID] == row {
+			delete(t.byID, row.ID)
+		}
+	}
+	for _, row := range d.New {
+		t.index(row)
+	}
+	for _, change := range d.Changed {
+		t.index(change.New)
+	}
+	t.rows = d.Rows
+	if d.first >= 0 {
+		for i, row := range t.rows[d.first:] {
+			row.pos = d.first + i
+		}
+	}
+}
+
+func (t *MountTable) index(row *MountRow) {
+	if row.hasID {
+		t.byID[row.ID] = row
+	}
+}
+
+// find returns the row of the table that line may be the successor of, or nil.
+// It is one that no other line of the text has been matched with.
+func (t *MountTable) find(line []byte) *MountRow {
+	if id, ok := leadingID(line); ok {
+		if row := t.byID[id]; row != nil && row.pass != t.pass {
+			return row
+		}
+		return nil
+	}
+	// A row without an ID is known by its text alone. No kernel writes one.
+	for _, row := range t.rows {
+		if !row.hasID && row.pass != t.pass && row.Raw == string(line) {
+			return row
+		}
+	}
+	return nil
+}
+
+// match deals with a line that has the ID of the row old.
+func (t *MountTable) match(d *MountDiff, old *MountRow, line []byte) {
+	if old.Raw == string(line) {
+		t.keep(d, old)
+		return
+	}
+	row := t.parse(line)
+	if !sameMount(old, row) {
+		t.append(d, row)
+		t.isNew(d, row)
+		return
+	}
+	row.Seq = old.Seq
+	old.pass = t.pass
+	d.Kept++
+	d.Changed = append(d.Changed, RowChange{Old: old, New: row})
+	t.append(d, row)
+}
+
+func (t *MountTable) keep(d *MountDiff, row *MountRow) {
+	row.pass = t.pass
+	d.Kept++
+	if d.first < 0 && row.pos != len(d.Rows) {
+		d.first = len(d.Rows)
+	}
+	d.Rows = append(d.Rows, row)
+}
+
+func (t *MountTable) add(d *MountDiff, line []byte) {
+	row := t.parse(line)
+	t.append(d, row)
+	t.isNew(d, row)
+}
+
+func (t *MountTable) append(d *MountDiff, row *MountRow) {
+	if d.first < 0 {
+		d.first = len(d.Rows)
+	}
+	d.Rows = append(d.Rows, row)
+}
+
+func (t *MountTable) isNew(d *MountDiff, row *MountRow) {
+	t.last++
+	row.Seq = t.last
+	d.New = append(d.New, row)
+}
+
+func (t *MountTable) parse(line []byte) *MountRow {
+	row := &MountRow{Raw: string(line)}
+	var err error
+	if row.MountInfo, err = t.parser.Parse(row.Raw); err != nil {
+		row.Err = &RowError{Row: row.Raw, Err: err}
+	}
+	_, row.hasID = leadingID(line)
+	return row
+}
+
+// sameMount tells whether two rows of one ID are of one mount: a mount keeps
+// its device and its type, whatever happens to it.
+func sameMount(a, b *MountRow) bool {
+	if a.Err != nil || b.Err != nil {
+		return true
+	}
+	return a.Major == b.Major && a.Minor == b.Minor && a.FSType == b.FSType
+}
+
+// DropRepeated returns text without the rows whose mount ID stands in a later
+// row, too. A text that was read while the table changed may have such rows:
+// one mount was listed, went, and its ID was given to the next. It changes
+// text in place.
+func DropRepeated(text []byte) []byte {
+	last := make(map[uint32]int)
+	n := 0
+	for line := range lines(text) {
+		if id, ok := leadingID(line); ok {
+			last[id] = n
+		}
+		n++
+	}
+	kept := text[:0]
+	n = 0
+	for line := range lines(text) {
+		if id, ok := leadingID(line); !ok || last[id] == n {
+			// What is written never passes what is read.
+			kept = append(append(kept, line...), '\n')
+		}
+		n++
+	}
+	return kept
+}
+
+// leadingID returns the mount ID that a row starts with.
+func leadingID(line []byte) (id uint32, ok bool) {
+	field, _, _ := bytes.Cut(line, []byte{' '})
+	return decimal(string(field))
+}
+
+// lines yields the rows of text without their line feeds. Only a line feed
+// ends a row: the kernel writes other white space as it is.
+func lines(text []byte) iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		for len(text) > 0 {
+			line := text
+			if end := bytes.IndexByte(text, '\n'); end >= 0 {
+				line, text = text[:end], text[end+1:]
+			} else {
+				text = nil
+			}
+			if !yield(line) {
+				return
+			}
+		}
+	}
+}

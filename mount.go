@@ -1,0 +1,258 @@
+package kernstream
+
+import (
+	"context"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/procfs"
+)
+
+// The mount table of a mount namespace, once and as a stream of changes.
+//
+// What needs which kernel: everything here works from Linux 5.10 on and for any
+// user who can open the /proc/PID/mountinfo in question. The kernel wakes a
+// watcher of that file for mounts, unmounts, moves and most changes of options;
+// what wakes nobody is listed at [MountOptions.Rescan].
+//
+// Nothing here touches a mount point (no stat, statfs or open), so a file
+// system that hangs does not stop a watcher.
+
+// A Mount is one mount, as a row of /proc/PID/mountinfo describes it (see
+// proc_pid_mountinfo(5)).
+//
+// Its strings are the kernel's bytes, in no certain encoding. Root, MountPoint,
+// FSType and FSSource are decoded; Options and SuperOptions keep the octal
+// escapes of the kernel and are taken apart by [SplitOptions].
+type Mount struct {
+	ID       uint64 // unique since boot; 0: not known
+	ParentID uint64 // of the mount that this one is mounted on; 0: not known
+
+	MountInfoID       uint32 // given to another mount when this one is gone
+	MountInfoParentID uint32
+	Major, Minor      uint32 // the device of its files, st_dev in stat(2)
+
+	Root         string   // what of the file system is its root: "/", or a directory or file of a bind mount
+	MountPoint   string   // relative to the root directory of the process
+	Options      string   // of this mount: "rw,nosuid,relatime"
+	Optional     []string // propagation: "shared:1", "master:2", "propagate_from:3", "unbindable"
+	FSType       string   // "ext4", "fuse.sshfs"
+	FSSource     string   // "/dev/sda1", "tmpfs", ""
+	SuperOptions string   // of the file system: "rw,size=1024k"
+
+	// Raw is set for a row that could not be read, and is that row.
+	// MountInfoID is then set if the row shows one, and nothing else is.
+	Raw []byte
+}
+
+// A MountChange is a mount before and after something about it changed.
+type MountChange struct{ Old, New Mount }
+
+// A MountEvent is how a mount table changed. Who keeps a table gets the next
+// one by applying Unmounted, Moved, Changed and Mounted in this order, whatever
+// flags are set.
+//
+// A mount is in one list only: in Moved if its mount point or its parent
+// differs, in Changed if anything else does. When a mount moves, those below it
+// are in Moved, too. Mounted, Moved and Changed list older mounts first;
+// Unmounted lists them last. What came and went within one event is not
+// reported.
+//
+// The slices belong to the consumer; the strings in them are shared.
+type MountEvent struct {
+	When time.Time
+
+	Initial   bool // the first event, whose Mounted is the whole table
+	Coalesced bool // two or more changes of the table in one: held by MountOptions.Coalesce, or for a slow consumer
+	Resync    bool // found by a rescan: nothing else told of (some of) it
+
+	Via MountVia // how it was found out
+
+	Mounted   []Mount
+	Unmounted []Mount
+	Moved     []MountChange
+	Changed   []MountChange
+}
+
+// A MountVia is a way to follow a mount table.
+type MountVia int
+
+const (
+	ViaAuto      MountVia = iota // the best that works
+	ViaMountinfo                 // /proc/PID/mountinfo is read again after each change
+	ViaFanotify                  // the kernel names the mounts that changed
+)
+
+// String returns "auto", "mountinfo" or "fanotify".
+func (v MountVia) String() string {
+	switch v {
+	case ViaAuto:
+		return "auto"
+	case ViaMountinfo:
+		return "mountinfo"
+	case ViaFanotify:
+		return "fanotify"
+	}
+	return "unknown"
+}
+
+// MountOptions says which mount table, and how to report its changes. The zero
+// value is the table of the caller, each change as soon as it is read. [Mounts]
+// uses PID, Namespace and Filter.
+type MountOptions struct {
+	// PID is a process in whose mount namespace, and relative to whose root
+	// directory, the table is. 0 is the caller: the thread that calls, if that
+	// has a namespace or root of its own. The table is the one that the process
+	// has at the time of the call; a later chroot(2) or setns(2) of the process
+	// does not count, a pivot_root(2) does. Any user may read it as long as
+	// /proc shows the process.
+	PID int
+
+	// Namespace is an open /proc/PID/ns/mnt, or a file that one was bound
+	// to. It stays the caller's, and may be closed when the call returns. It
+	// needs CAP_SYS_ADMIN over the namespace (see setns(2)). PID must be 0.
+	Namespace *os.File
+
+	// Filter tells which mounts to report. A mount that changes so that it
+	// does not pass any more is reported as unmounted, one that changes so
+	// that it does as mounted. It is called once for each state of a mount, on
+	// the library's goroutine, must not block and must not change the mount.
+	Filter func(*Mount) bool
+
+	// NoInitial leaves out the first event, which has the whole table.
+	NoInitial bool
+
+	// Rescan is how often to look for changes that the kernel tells nobody
+	// about. 0 is never; [MountWatcher.Rescan] does it once. They are: changes
+	// of propagation by mount(2), reconfiguration by fsconfig(2), a remount
+	// in another mount namespace, a file system that turns read-only after an
+	// error, renaming a directory above a mount point, deleting what a bind
+	// mount shows, and a change of root directory. A rescan costs as much as
+	// [Mounts].
+	Rescan time.Duration
+
+	// Coalesce is asked how long to hold a change back, so that those which
+	// follow become one event with it. It is called for the change that opens
+	// such a window, not for those that follow, and never for the initial
+	// event. 0 delivers it at once. Otherwise it is delivered when nothing has
+	// changed for as long as Coalesce said, or when the window is MaxDelay old
+	// (or as old as Coalesce said, if that is more). The last state always
+	// arrives. Coalesce is called on the library's goroutine, must not block,
+	// and must not keep the event.
+	Coalesce func(*MountEvent) time.Duration
+
+	// MaxDelay bounds a window while changes go on. 0 is one second.
+	MaxDelay time.Duration
+
+	// Via asks for one way to follow the table. The constructor fails if that
+	// does not work here, with an error that Is errors.ErrUnsupported if it
+	// never will.
+	Via MountVia
+}
+
+// defaultMaxDelay is what MountOptions.MaxDelay means when it is 0.
+const defaultMaxDelay = time.Second
+
+// CoalesceFor returns a function for [MountOptions.Coalesce] that always
+// answers d.
+func CoalesceFor(d time.Duration) func(*MountEvent) time.Duration {
+	return func(*MountEvent) time.Duration { return d }
+}
+
+// SplitOptions splits [Mount.Options] or [Mount.SuperOptions] at the commas and
+// decodes the octal escapes of each part, in which a comma may be one.
+func SplitOptions(options string) []string {
+	if options == "" {
+		return nil
+	}
+	list := strings.Split(options, ",")
+	for i, option := range list {
+		list[i] = procfs.Unescape(option)
+	}
+	return list
+}
+
+// Mounts returns the mount table: one state of it that was, as long as there is
+// a moment between two changes in which it can be read. While there is none,
+// mounts that stay are in the result exactly once, and those that come or go
+// may or may not be.
+//
+// It reads /proc/PID/mountinfo: some 2 µs per mount, nearly all of which the
+// kernel needs to write the text. Options may be nil. The error is an
+// *[OpError]; it Is os.ErrProcessDone when the process of [MountOptions.PID] is
+// gone or a zombie, and fs.ErrPermission when a privilege is missing.
+func Mounts(options *MountOptions) ([]Mount, error) {
+	if options == nil {
+		options = &MountOptions{}
+	}
+	target, err := newMountTarget(options, false)
+	if err != nil {
+		return nil, err
+	}
+	defer target.close()
+	fd, err := target.open()
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	text, err := readMountinfo(context.Background(), fd, nil)
+	if err != nil {
+		return nil, target.failed(err)
+	}
+	return parseMounts(text, options.Filter), nil
+}
+
+// A MountWatcher is a stream of the changes of one mount table.
+type MountWatcher struct {
+	*Stream[*MountEvent]
+	rescan chan struct{}
+}
+
+// WatchMounts follows a mount table until ctx is done. The first event has the
+// whole table, unless [MountOptions.NoInitial] is set. No change is missed
+// between that and the next.
+//
+// A slow consumer loses no change, but the steps in between: what happens while
+// an event waits to be received is merged into it. An event costs what reading
+// the table costs (see [Mounts]); while nothing changes, the watcher costs two
+// goroutines, and no time.
+//
+// The stream ends with a nil Err when the process of [MountOptions.PID] ends.
+// It keeps the namespace alive until then, or until it is closed. While it
+// runs, it holds an open file in /proc, which refers to the root directory: the
+// old root of a pivot_root(2) is busy until the watcher has seen that.
+//
+// Options may be nil. Errors are those of [Mounts], and EMFILE or ENFILE when
+// descriptors have run out; it takes two, three with a PID or a Namespace.
+func WatchMounts(ctx context.Context, options *MountOptions) (*MountWatcher, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if options == nil {
+		options = &MountOptions{}
+	}
+	source, err := newMountSource(options)
+	if err != nil {
+		return nil, err
+	}
+	w := &MountWatcher{rescan: make(chan struct{}, 1)}
+	loop := newMountLoop(options, source, w.rescan)
+	w.Stream = newStream(ctx, 0, func(ctx context.Context, r *run[*MountEvent]) error {
+		return loop.run(ctx, r.c)
+	})
+	return w, nil
+}
+
+// Rescan makes the watcher look at the whole table soon, also for changes that
+// the kernel tells nobody about (see [MountOptions.Rescan]). If there are any,
+// an event with Resync follows. It does not wait, and may be called at any
+// time, after the end of the stream, too.
+func (w *MountWatcher) Rescan() {
+	select {
+	case w.rescan <- struct{}{}:
+	default: // one that has not begun is pending
+	}
+}

@@ -1,0 +1,192 @@
+package kernstream
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+// Time returns e.When.
+func (e *MountEvent) Time() time.Time { return e.When }
+
+// stringItems is how many mounts String names before it only counts.
+const stringItems = 4
+
+// String returns the event in one line: its flags, and the mounts that it is
+// about or, if there are many, how many.
+func (e *MountEvent) String() string {
+	var b strings.Builder
+	b.WriteString("mounts")
+	for _, flag := range []struct {
+		set  bool
+		name string
+	}{{e.Initial, " initial"}, {e.Coalesced, " coalesced"}, {e.Resync, " resync"}} {
+		if flag.set {
+			b.WriteString(flag.name)
+		}
+	}
+	b.WriteByte(':')
+	if len(e.Mounted)+len(e.Unmounted)+len(e.Moved)+len(e.Changed) > stringItems {
+		fmt.Fprintf(&b, " %d mounted, %d unmounted, %d moved, %d changed", len(e.Mounted), len(e.Unmounted), len(e.Moved), len(e.Changed))
+		return b.String()
+	}
+	for _, m := range e.Unmounted {
+		b.WriteString(" -" + m.label())
+	}
+	for _, c := range e.Moved {
+		b.WriteString(" >" + c.Old.label() + " to " + c.New.label())
+	}
+	for _, c := range e.Changed {
+		b.WriteString(" ~" + c.New.label())
+	}
+	for _, m := range e.Mounted {
+		b.WriteString(" +" + m.label())
+	}
+	return b.String()
+}
+
+// label names a mount in a text for people.
+func (m *Mount) label() string {
+	if m.Raw != nil {
+		return "unreadable row " + strconv.Quote(string(m.Raw))
+	}
+	point := m.MountPoint
+	if strings.ContainsAny(point, " \t\n\"") || !utf8.ValidString(point) {
+		point = strconv.Quote(point)
+	}
+	return point + "(" + m.FSType + ")"
+}
+
+// MarshalJSON returns the event as one JSON object, the one that kernstream
+// mounts -json prints. Bytes that are not UTF-8 are replaced, and the key with
+// _raw at its end holds the original in base64.
+func (e *MountEvent) MarshalJSON() ([]byte, error) {
+	return marshal(&jsonMountEvent{
+		Time:      e.When.UTC(),
+		Source:    "mount",
+		Initial:   e.Initial,
+		Coalesced: e.Coalesced,
+		Resync:    e.Resync,
+		Via:       e.Via.String(),
+		Mounted:   jsonMounts(e.Mounted),
+		Unmounted: jsonMounts(e.Unmounted),
+		Moved:     jsonChanges(e.Moved),
+		Changed:   jsonChanges(e.Changed),
+	})
+}
+
+// MarshalJSON returns the mount in the form that it has in an event.
+func (m *Mount) MarshalJSON() ([]byte, error) { return marshal(newJSONMount(m)) }
+
+// marshal is json.Marshal, but leaves <, > and & in paths as they are.
+func marshal(v any) ([]byte, error) {
+	var b bytes.Buffer
+	encoder := json.NewEncoder(&b)
+	encoder.SetEscapeHTML(false)
+	if err := encoder.Encode(v); err != nil {
+		return nil, err
+	}
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
+}
+
+// Lists and flags are always there; what is not known is left out.
+type jsonMountEvent struct {
+	Time      time.Time         `json:"time"`
+	Source    string            `json:"source"`
+	Initial   bool              `json:"initial"`
+	Coalesced bool              `json:"coalesced"`
+	Resync    bool              `json:"resync"`
+	Via       string            `json:"via"`
+	Mounted   []jsonMount       `json:"mounted"`
+	Unmounted []jsonMount       `json:"unmounted"`
+	Moved     []jsonMountChange `json:"moved"`
+	Changed   []jsonMountChange `json:"changed"`
+}
+
+type jsonMountChange struct {
+	Old jsonMount `json:"old"`
+	New jsonMount `json:"new"`
+}
+
+type jsonMount struct {
+	ID                uint64 `json:"id,omitempty"`
+	ParentID          uint64 `json:"parent_id,omitempty"`
+	MountInfoID       uint32 `json:"mountinfo_id,omitempty"`
+	MountInfoParentID uint32 `json:"mountinfo_parent_id,omitempty"`
+	*jsonMountFields
+	Row    string `json:"row,omitempty"` // one that could not be read
+	RowRaw []byte `json:"row_raw,omitempty"`
+}
+
+type jsonMountFields struct {
+	Dev             string   `json:"dev"`
+	Root            string   `json:"root"`
+	RootRaw         []byte   `json:"root_raw,omitempty"`
+	MountPoint      string   `json:"mount_point"`
+	MountPointRaw   []byte   `json:"mount_point_raw,omitempty"`
+	Options         string   `json:"options"`
+	Optional        []string `json:"optional"`
+	FSType          string   `json:"fs_type"`
+	FSTypeRaw       []byte   `json:"fs_type_raw,omitempty"`
+	FSSource        string   `json:"fs_source"`
+	FSSourceRaw     []byte   `json:"fs_source_raw,omitempty"`
+	SuperOptions    string   `json:"super_options"`
+	SuperOptionsRaw []byte   `json:"super_options_raw,omitempty"`
+}
+
+func newJSONMount(m *Mount) jsonMount {
+	j := jsonMount{
+		ID:                m.ID,
+		ParentID:          m.ParentID,
+		MountInfoID:       m.MountInfoID,
+		MountInfoParentID: m.MountInfoParentID,
+	}
+	if m.Raw != nil {
+		j.Row, j.RowRaw = string(m.Raw), m.Raw
+		return j
+	}
+	j.jsonMountFields = &jsonMountFields{
+		Dev:             fmt.Sprintf("%d:%d", m.Major, m.Minor),
+		Root:            m.Root,
+		RootRaw:         notText(m.Root),
+		MountPoint:      m.MountPoint,
+		MountPointRaw:   notText(m.MountPoint),
+		Options:         m.Options,
+		Optional:        append([]string{}, m.Optional...),
+		FSType:          m.FSType,
+		FSTypeRaw:       notText(m.FSType),
+		FSSource:        m.FSSource,
+		FSSourceRaw:     notText(m.FSSource),
+		SuperOptions:    m.SuperOptions,
+		SuperOptionsRaw: notText(m.SuperOptions),
+	}
+	return j
+}
+
+// notText returns the bytes of s if JSON cannot carry them.
+func notText(s string) []byte {
+	if utf8.ValidString(s) {
+		return nil
+	}
+	return []byte(s)
+}
+
+func jsonMounts(mounts []Mount) []jsonMount {
+	list := make([]jsonMount, len(mounts))
+	for i := range mounts {
+		list[i] = newJSONMount(&mounts[i])
+	}
+	return list
+}
+
+func jsonChanges(changes []MountChange) []jsonMountChange {
+	list := make([]jsonMountChange, len(changes))
+	for i := range changes {
+		list[i] = jsonMountChange{newJSONMount(&changes[i].Old), newJSONMount(&changes[i].New)}
+	}
+	return list
+}

@@ -1,0 +1,213 @@
+package kernstream
+
+import (
+	"context"
+	"io"
+	"time"
+)
+
+// A mountSource finds out how a mount table changes. Each way to follow one
+// (see [MountVia]) is a mountSource; the loop below does the rest for all of
+// them. Its methods are called by the loop's goroutine.
+type mountSource interface {
+	via() MountVia
+
+	// start begins to watch. What changes afterwards is followed by a token
+	// in wake.
+	start()
+
+	// wake gets a token when look may find something.
+	wake() <-chan struct{}
+
+	// ended is closed when the namespace has come to its end.
+	ended() <-chan struct{}
+
+	// look adds to d what changed since the last look: everything, the first
+	// time. With rescan it looks at what wakes nobody, too. The error is
+	// ctx's, or an *OpError that ends the stream.
+	look(ctx context.Context, rescan bool, d *mountDelta) error
+
+	// close lets go of everything. It is called once.
+	close()
+}
+
+// A mountLoop turns what a source finds into events at the right time.
+//
+// It always waits for everything at once: the source, the consumer, the
+// timers and the end. So the table is followed while the consumer is slow, and
+// the event that waits for it is always the latest.
+type mountLoop struct {
+	source   mountSource
+	rescan   <-chan struct{}
+	every    time.Duration // between rescans
+	coalesce func(*MountEvent) time.Duration
+	maxDelay time.Duration
+	initial  bool // the event to deliver next is the initial one
+
+	delta mountDelta
+	when  time.Time   // of the look that changed it last
+	event *MountEvent // made of delta; nil: not made yet
+
+	// While a window is open, the delta is held until quiet has passed
+	// without a change, at the latest until limit.
+	window *time.Timer
+	quiet  time.Duration // 0: no window is open
+	limit  time.Time
+}
+
+func newMountLoop(options *MountOptions, source mountSource, rescan <-chan struct{}) *mountLoop {
+	l := &mountLoop{
+		source:   source,
+		rescan:   rescan,
+		every:    options.Rescan,
+		coalesce: options.Coalesce,
+		maxDelay: options.MaxDelay,
+		initial:  !options.NoInitial,
+	}
+	if l.maxDelay <= 0 {
+		l.maxDelay = defaultMaxDelay
+	}
+	return l
+}
+
+// run is the life of a stream, until ctx is done or the source has ended.
+func (l *mountLoop) run(ctx context.Context, c chan<- *MountEvent) error {
+	closed := false
+	release := func() {
+		if !closed {
+			closed = true
+			l.source.close()
+		}
+	}
+	defer release()
+
+	l.window = time.NewTimer(0)
+	l.window.Stop()
+	var ticks <-chan time.Time
+	if l.every > 0 {
+		ticker := time.NewTicker(l.every)
+		defer ticker.Stop()
+		ticks = ticker.C
+	}
+	l.source.start()
+	if err := l.look(ctx, false); err != nil {
+		return l.ending(err)
+	}
+	if !l.initial {
+		l.delta.reset()
+	}
+	for {
+		var out chan<- *MountEvent // nil: nothing to deliver
+		if l.initial || !l.delta.empty() && l.quiet == 0 {
+			out = c
+			l.makeEvent()
+		}
+		var err error
+		select {
+		case <-ctx.Done():
+			err = ctx.Err()
+		case out <- l.event:
+			l.delivered()
+		case <-l.source.wake():
+			err = l.update(ctx, false)
+		case <-l.rescan:
+			err = l.update(ctx, true)
+		case <-ticks:
+			err = l.update(ctx, true)
+		case <-l.window.C:
+			l.quiet = 0
+		case <-l.source.ended():
+			// What is known is still delivered, but holds up nothing else.
+			release()
+			return l.flush(ctx, c)
+		}
+		if err != nil {
+			return l.ending(err)
+		}
+	}
+}
+
+// ending is what the stream ends with when err came up. The natural end, if it
+// has been there already, goes before a cancel that hid it.
+func (l *mountLoop) ending(err error) error {
+	select {
+	case <-l.source.ended():
+		if !isOpError(err) {
+			return io.EOF
+		}
+	default:
+	}
+	return err
+}
+
+// flush delivers what is left at the natural end.
+func (l *mountLoop) flush(ctx context.Context, c chan<- *MountEvent) error {
+	if l.initial || !l.delta.empty() {
+		l.makeEvent()
+		select {
+		case c <- l.event:
+		case <-ctx.Done():
+		}
+	}
+	return io.EOF
+}
+
+func (l *mountLoop) delivered() {
+	l.initial = false
+	l.delta.reset()
+	l.event = nil
+}
+
+// look lets the source look at the table.
+func (l *mountLoop) look(ctx context.Context, rescan bool) error {
+	if err := l.source.look(ctx, rescan, &l.delta); err != nil {
+		return err
+	}
+	if l.delta.looked(rescan) || l.when.IsZero() {
+		l.when = time.Now()
+		l.event = nil
+	}
+	return nil
+}
+
+// update looks at the table, and opens, prolongs or closes the window.
+func (l *mountLoop) update(ctx context.Context, rescan bool) error {
+	before := l.delta.merged
+	if err := l.look(ctx, rescan); err != nil {
+		return err
+	}
+	switch {
+	case l.delta.empty():
+		// Everything was undone.
+		l.quiet = 0
+		l.window.Stop()
+	case l.delta.merged == before:
+		// Nothing was found.
+	case l.quiet > 0:
+		l.hold()
+	case before == 0 && l.coalesce != nil && !l.initial:
+		l.makeEvent()
+		if l.quiet = max(0, l.coalesce(l.event)); l.quiet > 0 {
+			l.limit = time.Now().Add(max(l.quiet, l.maxDelay))
+			l.hold()
+		}
+		l.event = nil // the user's function may have changed it
+	}
+	return nil
+}
+
+// hold keeps the delta back for the time of quiet, as far as the limit allows.
+func (l *mountLoop) hold() {
+	l.window.Reset(min(l.quiet, time.Until(l.limit)))
+}
+
+// makeEvent makes l.event show the delta.
+func (l *mountLoop) makeEvent() {
+	if l.event != nil {
+		return
+	}
+	l.event = l.delta.event()
+	l.event.When = l.when
+	l.event.Initial = l.initial
+	l.event.Via = l.source.via()
+}
