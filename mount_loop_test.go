@@ -1,0 +1,628 @@
+package kernstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// fakeTable is a mountSource over a table that the test changes, on a fake
+// clock.
+type fakeTable struct {
+	mu     sync.Mutex
+	now    map[uint64]Mount // by lineage
+	seen   map[uint64]Mount // at the last look
+	tokens chan struct{}
+	end    chan struct{}
+
+	looks, rescans, closed int
+	failure                error
+	lookTime               time.Duration // how long a look takes
+}
+
+func newFakeTable(points ...string) *fakeTable {
+	f := &fakeTable{now: map[uint64]Mount{}, tokens: make(chan struct{}, 1), end: make(chan struct{})}
+	for _, point := range points {
+		f.put(point)
+	}
+	return f
+}
+
+// put adds a mount without waking anybody and returns its lineage.
+func (f *fakeTable) put(point string) uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	lineage := uint64(len(f.now)+1) * 10
+	for f.now[lineage].MountPoint != "" {
+		lineage++
+	}
+	f.now[lineage] = Mount{MountInfoID: uint32(lineage), MountPoint: point, Options: "rw"}
+	return lineage
+}
+
+func (f *fakeTable) mount(point string) uint64 {
+	defer f.token()
+	return f.put(point)
+}
+
+func (f *fakeTable) unmount(lineage uint64) {
+	defer f.token()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.now, lineage)
+}
+
+func (f *fakeTable) remount(lineage uint64, options string) {
+	defer f.token()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.now[lineage]
+	m.Options = options
+	f.now[lineage] = m
+}
+
+func (f *fakeTable) token() {
+	select {
+	case f.tokens <- struct{}{}:
+	default:
+	}
+}
+
+func (f *fakeTable) via() MountVia          { return ViaMountinfo }
+func (f *fakeTable) start()                 {}
+func (f *fakeTable) wake() <-chan struct{}  { return f.tokens }
+func (f *fakeTable) ended() <-chan struct{} { return f.end }
+func (f *fakeTable) close()                 { f.closed++ }
+
+func (f *fakeTable) look(ctx context.Context, rescan bool, d *mountDelta) error {
+	if f.lookTime > 0 {
+		time.Sleep(f.lookTime)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.looks++
+	if rescan {
+		f.rescans++
+	}
+	if f.failure != nil {
+		return f.failure
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	for lineage, m := range f.now {
+		old, ok := f.seen[lineage]
+		switch {
+		case !ok:
+			d.change(lineage, nil, &m)
+		case !old.equal(&m):
+			d.change(lineage, &old, &m)
+		}
+	}
+	for lineage, m := range f.seen {
+		if _, ok := f.now[lineage]; !ok {
+			d.change(lineage, &m, nil)
+		}
+	}
+	f.seen = maps.Clone(f.now)
+	return nil
+}
+
+// watch starts a loop over f.
+func (f *fakeTable) watch(ctx context.Context, options MountOptions) *MountWatcher {
+	w := &MountWatcher{rescan: make(chan struct{}, 1)}
+	loop := newMountLoop(&options, f, w.rescan)
+	w.Stream = newStream(ctx, 0, func(ctx context.Context, r *run[*MountEvent]) error { return loop.run(ctx, r.c) })
+	return w
+}
+
+// received returns the event that is ready now, or nil.
+func received(w *MountWatcher) *MountEvent {
+	synctest.Wait()
+	select {
+	case e := <-w.C:
+		return e
+	default:
+		return nil
+	}
+}
+
+// summary is the event without what a test of the loop does not look at.
+func summary(e *MountEvent) string {
+	if e == nil {
+		return "none"
+	}
+	text := ""
+	for _, m := range e.Unmounted {
+		text += " -" + m.MountPoint
+	}
+	for _, c := range e.Moved {
+		text += " >" + c.New.MountPoint
+	}
+	for _, c := range e.Changed {
+		text += " ~" + c.New.MountPoint + "=" + c.New.Options
+	}
+	for _, m := range e.Mounted {
+		text += " +" + m.MountPoint
+	}
+	for _, flag := range []struct {
+		set  bool
+		name string
+	}{{e.Initial, " initial"}, {e.Coalesced, " coalesced"}, {e.Resync, " resync"}} {
+		if flag.set {
+			text += flag.name
+		}
+	}
+	return text
+}
+
+func expect(t *testing.T, w *MountWatcher, want string) *MountEvent {
+	t.Helper()
+	e := received(w)
+	if got := summary(e); got != want {
+		t.Errorf("event %q; want %q", got, want)
+	}
+	return e
+}
+
+// finish closes w and checks that the source was closed once.
+func finish(t *testing.T, w *MountWatcher, f *fakeTable) {
+	t.Helper()
+	w.Close()
+	if f.closed != 1 {
+		t.Errorf("the source was closed %d times; want once", f.closed)
+	}
+}
+
+// TestMountLoopInitial: the first event has the whole table and says so; then
+// each change is an event of its own, stamped with the time of its look.
+func TestMountLoopInitial(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable("/", "/a")
+		w := f.watch(t.Context(), MountOptions{})
+		expect(t, w, " +/ +/a initial")
+		expect(t, w, "none")
+		b := f.mount("/b")
+		time.Sleep(time.Minute)
+		begin := time.Now()
+		expect(t, w, " +/b")
+		f.remount(b, "ro")
+		if e := expect(t, w, " ~/b=ro"); !e.When.Equal(begin) || e.Via != ViaMountinfo {
+			t.Errorf("When is %v, Via %v; want %v, mountinfo", e.When, e.Via, begin)
+		}
+		f.unmount(b)
+		expect(t, w, " -/b")
+		f.token()
+		expect(t, w, "none")
+		finish(t, w, f)
+	})
+}
+
+// TestMountLoopInitialEmpty: an empty table is an initial event, too.
+func TestMountLoopInitialEmpty(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable()
+		w := f.watch(t.Context(), MountOptions{})
+		if e := expect(t, w, " initial"); e.When.IsZero() {
+			t.Error("When is not set")
+		}
+		finish(t, w, f)
+	})
+}
+
+// TestMountLoopNoInitial: without the initial event, the first is of what
+// changes after the start.
+func TestMountLoopNoInitial(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable("/", "/a")
+		w := f.watch(t.Context(), MountOptions{NoInitial: true})
+		expect(t, w, "none")
+		f.mount("/b")
+		expect(t, w, " +/b")
+		finish(t, w, f)
+	})
+}
+
+// TestMountLoopSlowConsumer: what happens while nobody receives becomes one
+// event, which is about the latest state; what was undone is not in it.
+func TestMountLoopSlowConsumer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable("/")
+		w := f.watch(t.Context(), MountOptions{})
+		expect(t, w, " +/ initial")
+		a := f.mount("/a")
+		synctest.Wait()
+		b := f.mount("/b")
+		synctest.Wait()
+		f.remount(a, "ro")
+		synctest.Wait()
+		f.unmount(b)
+		expect(t, w, " +/a coalesced")
+		if f.looks < 5 {
+			t.Errorf("%d looks at the table; want one for each change", f.looks)
+		}
+		f.remount(a, "rw")
+		synctest.Wait()
+		f.remount(a, "ro")
+		expect(t, w, "none")
+		// The merging starts anew after an event that came to nothing.
+		f.unmount(a)
+		expect(t, w, " -/a")
+		finish(t, w, f)
+	})
+}
+
+// TestMountLoopInitialMerges: changes before the initial event is received are
+// part of it.
+func TestMountLoopInitialMerges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable("/", "/a")
+		w := f.watch(t.Context(), MountOptions{Coalesce: CoalesceFor(time.Hour)})
+		synctest.Wait()
+		b := f.mount("/b")
+		synctest.Wait()
+		f.remount(b, "ro")
+		e := expect(t, w, " +/ +/a +/b initial coalesced")
+		if e.Mounted[2].Options != "ro" {
+			t.Errorf("the initial event has %q; want the latest state", e.Mounted[2].Options)
+		}
+		finish(t, w, f)
+	})
+}
+
+// TestParityM5Coalesce: a consumer can ask for a change to be held back, per
+// event; what follows within the delay is one event with it, flagged; a helper
+// gives a constant delay.
+func TestParityM5Coalesce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable("/")
+		asked := 0
+		hold := 100 * time.Millisecond
+		w := f.watch(t.Context(), MountOptions{Coalesce: func(e *MountEvent) time.Duration {
+			asked++
+			if e.Initial || len(e.Mounted)+len(e.Unmounted) != 1 {
+				t.Errorf("Coalesce was asked about %q", summary(e))
+			}
+			e.Mounted = nil // what it does to the event changes nothing
+			return hold
+		}})
+		expect(t, w, " +/ initial")
+		f.mount("/a")
+		synctest.Wait()
+		time.Sleep(50 * time.Millisecond)
+		f.mount("/b")
+		expect(t, w, "none")
+		time.Sleep(99 * time.Millisecond)
+		expect(t, w, "none")
+		time.Sleep(time.Millisecond)
+		expect(t, w, " +/a +/b coalesced")
+		if asked != 1 {
+			t.Errorf("Coalesce was asked %d times for one window; want once", asked)
+		}
+		c := f.mount("/c")
+		synctest.Wait()
+		time.Sleep(hold)
+		expect(t, w, " +/c")
+		hold = 0
+		f.unmount(c)
+		expect(t, w, " -/c")
+		if asked != 3 {
+			t.Errorf("Coalesce was asked %d times; want 3", asked)
+		}
+		finish(t, w, f)
+	})
+	if got := CoalesceFor(time.Second)(nil); got != time.Second {
+		t.Errorf("CoalesceFor(1s) answers %v", got)
+	}
+}
+
+// TestMountLoopMaxDelay: changes without end do not hold a window open for
+// longer than MaxDelay, and the last state always arrives.
+func TestMountLoopMaxDelay(t *testing.T) {
+	for _, test := range []struct{ coalesce, maxDelay, want time.Duration }{
+		{3 * time.Millisecond, 0, time.Second},
+		{3 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond},
+		{200 * time.Millisecond, 50 * time.Millisecond, 200 * time.Millisecond},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFakeTable("/")
+			a := f.put("/a")
+			w := f.watch(t.Context(), MountOptions{Coalesce: CoalesceFor(test.coalesce), MaxDelay: test.maxDelay})
+			expect(t, w, " +/ +/a initial")
+			events := 0
+			state := ""
+			last := time.Now()
+			for i := range 3000 {
+				f.remount(a, fmt.Sprint(i))
+				time.Sleep(time.Millisecond)
+				if e := received(w); e != nil {
+					events++
+					state = e.Changed[0].New.Options
+					if held := time.Since(last); held > test.want+2*time.Millisecond {
+						t.Fatalf("event %d came after %v; want at most %v", events, held, test.want)
+					}
+					last = time.Now()
+				}
+			}
+			time.Sleep(test.coalesce)
+			if e := received(w); e != nil {
+				state = e.Changed[0].New.Options
+			}
+			if state != "2999" || events < int(3*time.Second/test.want)-1 {
+				t.Errorf("%d events up to state %s; want about %d, up to 2999", events, state, 3*time.Second/test.want)
+			}
+			finish(t, w, f)
+		})
+	}
+}
+
+// TestMountLoopWindowUndone: a window whose changes are undone closes without
+// an event, and the next change opens one of its own.
+func TestMountLoopWindowUndone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable("/")
+		w := f.watch(t.Context(), MountOptions{Coalesce: CoalesceFor(100 * time.Millisecond)})
+		expect(t, w, " +/ initial")
+		a := f.mount("/a")
+		synctest.Wait()
+		time.Sleep(60 * time.Millisecond)
+		f.unmount(a)
+		synctest.Wait()
+		f.mount("/b")
+		synctest.Wait()
+		time.Sleep(99 * time.Millisecond)
+		expect(t, w, "none")
+		time.Sleep(time.Millisecond)
+		expect(t, w, " +/b")
+		finish(t, w, f)
+	})
+}
+
+// TestMountLoopWakeWithoutDifference: a wake that brings nothing does not
+// prolong a window.
+func TestMountLoopWakeWithoutDifference(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable("/")
+		w := f.watch(t.Context(), MountOptions{Coalesce: CoalesceFor(100 * time.Millisecond)})
+		expect(t, w, " +/ initial")
+		f.mount("/a")
+		for range 9 {
+			synctest.Wait()
+			time.Sleep(10 * time.Millisecond)
+			f.token()
+		}
+		synctest.Wait()
+		time.Sleep(10 * time.Millisecond)
+		expect(t, w, " +/a")
+		finish(t, w, f)
+	})
+}
+
+// TestMountLoopRescan: rescans find what woke nobody, at their period or when
+// asked for, and flag it.
+func TestMountLoopRescan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable("/")
+		w := f.watch(t.Context(), MountOptions{Rescan: time.Minute})
+		expect(t, w, " +/ initial")
+		f.put("/a")
+		time.Sleep(59 * time.Second)
+		expect(t, w, "none")
+		time.Sleep(time.Second)
+		expect(t, w, " +/a resync")
+		f.put("/b")
+		w.Rescan()
+		w.Rescan()
+		expect(t, w, " +/b resync")
+		// Nothing found is no event, and leaves no flag behind.
+		w.Rescan()
+		expect(t, w, "none")
+		f.mount("/c")
+		expect(t, w, " +/c")
+		if f.rescans < 3 || f.rescans > 4 {
+			t.Errorf("%d rescans; want one for the period and two or three that were asked for", f.rescans)
+		}
+		finish(t, w, f)
+		w.Rescan() // legal after the end
+	})
+}
+
+// TestMountLoopNaturalEnd: at the end of the namespace what is known is still
+// delivered, held back or not; Err is nil, and the source is closed before
+// anybody waits for the consumer.
+func TestMountLoopNaturalEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable("/")
+		w := f.watch(t.Context(), MountOptions{Coalesce: CoalesceFor(time.Hour)})
+		expect(t, w, " +/ initial")
+		f.mount("/a")
+		synctest.Wait()
+		close(f.end)
+		synctest.Wait()
+		if f.closed != 1 {
+			t.Error("the source is not closed while an event waits")
+		}
+		expect(t, w, " +/a")
+		if _, ok := <-w.C; ok || w.Err() != nil {
+			t.Errorf("C is open: %v, Err %v; want closed, nil", ok, w.Err())
+		}
+		finish(t, w, f)
+	})
+}
+
+// TestMountLoopEndBeatsCancel: a natural end that had come when the context was
+// cancelled makes Err nil.
+func TestMountLoopEndBeatsCancel(t *testing.T) {
+	for range 50 {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFakeTable("/")
+			ctx, cancel := context.WithCancel(t.Context())
+			w := f.watch(ctx, MountOptions{})
+			expect(t, w, " +/ initial")
+			close(f.end)
+			cancel()
+			if _, ok := <-w.C; ok || w.Err() != nil {
+				t.Errorf("C is open: %v, Err %v; want closed, nil", ok, w.Err())
+			}
+			finish(t, w, f)
+		})
+	}
+}
+
+// TestMountLoopFails: an error of the source ends the stream and is Err.
+func TestMountLoopFails(t *testing.T) {
+	for _, first := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFakeTable("/")
+			failure := mountError("pread", "/proc/self/mountinfo", syscall.EIO)
+			if first {
+				f.failure = failure
+			}
+			w := f.watch(t.Context(), MountOptions{})
+			if !first {
+				expect(t, w, " +/ initial")
+				f.failure = failure
+				f.token()
+			}
+			if e, ok := <-w.C; ok || !errors.Is(w.Err(), syscall.EIO) {
+				t.Errorf("event %v, Err %v; want C closed, EIO", e, w.Err())
+			}
+			finish(t, w, f)
+		})
+	}
+}
+
+// TestMountLoopCancel: a cancel ends the stream wherever it is: with nothing to
+// do, with an event that nobody receives, within a window, within a look.
+func TestMountLoopCancel(t *testing.T) {
+	cause := errors.New("cause")
+	for name, begin := range map[string]func(f *fakeTable, w *MountWatcher){
+		"idle":         func(_ *fakeTable, w *MountWatcher) { <-w.C },
+		"undelivered":  func(*fakeTable, *MountWatcher) {},
+		"in a window":  func(f *fakeTable, w *MountWatcher) { <-w.C; f.mount("/a") },
+		"during looks": func(f *fakeTable, w *MountWatcher) { <-w.C; f.lookTime = time.Second; f.token() },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFakeTable("/")
+			ctx, cancel := context.WithCancelCause(t.Context())
+			w := f.watch(ctx, MountOptions{Coalesce: CoalesceFor(time.Hour)})
+			begin(f, w)
+			synctest.Wait()
+			cancel(cause)
+			if e, ok := <-w.C; ok || w.Err() != cause {
+				t.Errorf("%s: event %v, Err %v; want C closed and the cause", name, e, w.Err())
+			}
+			finish(t, w, f)
+		})
+	}
+}
+
+// TestMountDeltaAlgebra: whatever happens to a table and whenever the consumer
+// receives, applying the events in the documented order gives the table; each
+// mount is in one list, and the lists have the documented order.
+func TestMountDeltaAlgebra(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	for round := range 300 {
+		var d mountDelta
+		kernel, consumer := map[uint64]Mount{}, map[uint64]Mount{}
+		var next uint64
+		for range 200 {
+			switch lineage := uint64(random.IntN(int(next) + 1)); random.IntN(6) {
+			case 0, 1:
+				next++
+				m := Mount{MountInfoID: uint32(next), MountPoint: fmt.Sprint("/", next), MountInfoParentID: 1}
+				kernel[next] = m
+				d.change(next, nil, &m)
+			case 2:
+				if old, ok := kernel[lineage]; ok {
+					delete(kernel, lineage)
+					d.change(lineage, &old, nil)
+				}
+			case 3:
+				if old, ok := kernel[lineage]; ok {
+					m := old
+					m.Options = []string{"rw", "ro"}[random.IntN(2)]
+					kernel[lineage] = m
+					d.change(lineage, &old, &m)
+				}
+			case 4:
+				if old, ok := kernel[lineage]; ok {
+					m := old
+					m.MountPoint = fmt.Sprint("/", lineage, "/", random.IntN(2))
+					m.MountInfoParentID = uint32(random.IntN(3))
+					kernel[lineage] = m
+					d.change(lineage, &old, &m)
+				}
+			case 5:
+				d.looked(false)
+				if !d.empty() {
+					check(t, d.event(), consumer)
+					d.reset()
+				}
+				if !maps.EqualFunc(kernel, consumer, func(a, b Mount) bool { return a.equal(&b) }) {
+					t.Fatalf("round %d: the consumer's table differs from the kernel's", round)
+				}
+			}
+		}
+	}
+}
+
+// check applies e to table, by way of its keys, and checks its form.
+func check(t *testing.T, e *MountEvent, table map[uint64]Mount) {
+	t.Helper()
+	if len(e.Mounted)+len(e.Unmounted)+len(e.Moved)+len(e.Changed) == 0 {
+		t.Fatal("an event without a change")
+	}
+	seen := map[uint32]bool{}
+	once := func(id uint32) {
+		if seen[id] {
+			t.Fatalf("mount %d is in the event twice", id)
+		}
+		seen[id] = true
+	}
+	known := func(old *Mount) {
+		if have, ok := table[uint64(old.MountInfoID)]; !ok || !have.equal(old) {
+			t.Fatalf("the event says that the consumer knew %+v; it knows %+v", old, have)
+		}
+	}
+	for i := range e.Unmounted {
+		known(&e.Unmounted[i])
+		once(e.Unmounted[i].MountInfoID)
+		delete(table, uint64(e.Unmounted[i].MountInfoID))
+	}
+	for _, c := range e.Moved {
+		known(&c.Old)
+		once(c.New.MountInfoID)
+		if c.Old.MountPoint == c.New.MountPoint && c.Old.MountInfoParentID == c.New.MountInfoParentID {
+			t.Fatalf("%+v did not move", c)
+		}
+		table[uint64(c.New.MountInfoID)] = c.New
+	}
+	for _, c := range e.Changed {
+		known(&c.Old)
+		once(c.New.MountInfoID)
+		if c.Old.MountPoint != c.New.MountPoint || c.Old.equal(&c.New) {
+			t.Fatalf("%+v moved, or did not change", c)
+		}
+		table[uint64(c.New.MountInfoID)] = c.New
+	}
+	for _, m := range e.Mounted {
+		once(m.MountInfoID)
+		if _, ok := table[uint64(m.MountInfoID)]; ok {
+			t.Fatalf("mount %d was there", m.MountInfoID)
+		}
+		table[uint64(m.MountInfoID)] = m
+	}
+	byID := func(a, b Mount) int { return int(a.MountInfoID) - int(b.MountInfoID) }
+	if !slices.IsSortedFunc(e.Mounted, byID) || !slices.IsSortedFunc(e.Unmounted, func(a, b Mount) int { return byID(b, a) }) {
+		t.Fatal("a list is not in the order of age")
+	}
+}
