@@ -212,8 +212,8 @@ type MountWatcher struct {
 }
 
 // WatchMounts follows a mount table until ctx is done. The first event has the
-// whole table, unless [MountOptions.NoInitial] is set. No change is missed
-// between that and the next.
+// whole table, unless [MountOptions.NoInitial] is set. The table is read before
+// WatchMounts returns, and no change after that is missed.
 //
 // A slow consumer loses no change, but the steps in between: what happens while
 // an event waits to be received is merged into it. An event costs what reading
@@ -240,6 +240,12 @@ func WatchMounts(ctx context.Context, options *MountOptions) (*MountWatcher, err
 	}
 	w := &MountWatcher{rescan: make(chan struct{}, 1)}
 	loop := newMountLoop(options, source, w.rescan)
+	if err := loop.begin(ctx); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return nil, err
+	}
 	w.Stream = newStream(ctx, 0, func(ctx context.Context, r *run[*MountEvent]) error {
 		return loop.run(ctx, r.c)
 	})

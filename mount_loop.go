@@ -70,7 +70,22 @@ func newMountLoop(options *MountOptions, source mountSource, rescan <-chan struc
 	return l
 }
 
-// run is the life of a stream, until ctx is done or the source has ended.
+// begin arms the source and takes the table from which the changes count. When
+// it returns an error, the source is closed.
+func (l *mountLoop) begin(ctx context.Context) error {
+	l.source.start()
+	if err := l.look(ctx, false); err != nil {
+		l.source.close()
+		return err
+	}
+	if !l.initial {
+		l.delta.reset()
+	}
+	return nil
+}
+
+// run is the life of a stream after begin, until ctx is done or the source has
+// ended.
 func (l *mountLoop) run(ctx context.Context, c chan<- *MountEvent) error {
 	closed := false
 	release := func() {
@@ -88,13 +103,6 @@ func (l *mountLoop) run(ctx context.Context, c chan<- *MountEvent) error {
 		ticker := time.NewTicker(l.every)
 		defer ticker.Stop()
 		ticks = ticker.C
-	}
-	l.source.start()
-	if err := l.look(ctx, false); err != nil {
-		return l.ending(err)
-	}
-	if !l.initial {
-		l.delta.reset()
 	}
 	for {
 		var out chan<- *MountEvent // nil: nothing to deliver

@@ -69,6 +69,13 @@ func (f *fakeTable) remount(lineage uint64, options string) {
 	f.now[lineage] = m
 }
 
+func (f *fakeTable) fail(err error) {
+	defer f.token()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.failure = err
+}
+
 func (f *fakeTable) token() {
 	select {
 	case f.tokens <- struct{}{}:
@@ -83,11 +90,11 @@ func (f *fakeTable) ended() <-chan struct{} { return f.end }
 func (f *fakeTable) close()                 { f.closed++ }
 
 func (f *fakeTable) look(ctx context.Context, rescan bool, d *mountDelta) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	if f.lookTime > 0 {
 		time.Sleep(f.lookTime)
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
 	f.looks++
 	if rescan {
 		f.rescans++
@@ -120,6 +127,9 @@ func (f *fakeTable) look(ctx context.Context, rescan bool, d *mountDelta) error 
 func (f *fakeTable) watch(ctx context.Context, options MountOptions) *MountWatcher {
 	w := &MountWatcher{rescan: make(chan struct{}, 1)}
 	loop := newMountLoop(&options, f, w.rescan)
+	if err := loop.begin(ctx); err != nil {
+		panic(err)
+	}
 	w.Stream = newStream(ctx, 0, func(ctx context.Context, r *run[*MountEvent]) error { return loop.run(ctx, r.c) })
 	return w
 }
@@ -479,24 +489,26 @@ func TestMountLoopEndBeatsCancel(t *testing.T) {
 
 // TestMountLoopFails: an error of the source ends the stream and is Err.
 func TestMountLoopFails(t *testing.T) {
-	for _, first := range []bool{true, false} {
-		synctest.Test(t, func(t *testing.T) {
-			f := newFakeTable("/")
-			failure := mountError("pread", "/proc/self/mountinfo", syscall.EIO)
-			if first {
-				f.failure = failure
-			}
-			w := f.watch(t.Context(), MountOptions{})
-			if !first {
-				expect(t, w, " +/ initial")
-				f.failure = failure
-				f.token()
-			}
-			if e, ok := <-w.C; ok || !errors.Is(w.Err(), syscall.EIO) {
-				t.Errorf("event %v, Err %v; want C closed, EIO", e, w.Err())
-			}
-			finish(t, w, f)
-		})
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable("/")
+		w := f.watch(t.Context(), MountOptions{})
+		expect(t, w, " +/ initial")
+		f.fail(mountError("pread", "/proc/self/mountinfo", syscall.EIO))
+		if e, ok := <-w.C; ok || !errors.Is(w.Err(), syscall.EIO) {
+			t.Errorf("event %v, Err %v; want C closed, EIO", e, w.Err())
+		}
+		finish(t, w, f)
+	})
+}
+
+// TestMountLoopFailsAtOnce: an error of the first look is one of the
+// constructor, and the source is closed.
+func TestMountLoopFailsAtOnce(t *testing.T) {
+	f := newFakeTable("/")
+	f.fail(mountError("pread", "/proc/self/mountinfo", syscall.EIO))
+	loop := newMountLoop(&MountOptions{}, f, nil)
+	if err := loop.begin(t.Context()); !errors.Is(err, syscall.EIO) || f.closed != 1 {
+		t.Errorf("begin returned %v, the source was closed %d times; want EIO, once", err, f.closed)
 	}
 }
 
@@ -505,10 +517,16 @@ func TestMountLoopFails(t *testing.T) {
 func TestMountLoopCancel(t *testing.T) {
 	cause := errors.New("cause")
 	for name, begin := range map[string]func(f *fakeTable, w *MountWatcher){
-		"idle":         func(_ *fakeTable, w *MountWatcher) { <-w.C },
-		"undelivered":  func(*fakeTable, *MountWatcher) {},
-		"in a window":  func(f *fakeTable, w *MountWatcher) { <-w.C; f.mount("/a") },
-		"during looks": func(f *fakeTable, w *MountWatcher) { <-w.C; f.lookTime = time.Second; f.token() },
+		"idle":        func(_ *fakeTable, w *MountWatcher) { <-w.C },
+		"undelivered": func(*fakeTable, *MountWatcher) {},
+		"in a window": func(f *fakeTable, w *MountWatcher) { <-w.C; f.mount("/a") },
+		"during looks": func(f *fakeTable, w *MountWatcher) {
+			<-w.C
+			f.mu.Lock()
+			f.lookTime = time.Second
+			f.mu.Unlock()
+			f.token()
+		},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			f := newFakeTable("/")

@@ -24,6 +24,7 @@ const (
 // Main runs the tests of a package that mounts nothing, and fails them when a
 // goroutine or a descriptor is left at the end. It does not return.
 func Main(m *testing.M) {
+	beChild()
 	os.Exit(run(m, nil))
 }
 
@@ -32,6 +33,7 @@ func Main(m *testing.M) {
 // from; an ordinary user gets a user namespace around it, in which the tests
 // are root. A mount that is left at the end fails the tests, too.
 func MainInNamespace(m *testing.M) {
+	beChild()
 	if os.Getenv(namespaceVar) == "" && os.Getenv(noNamespaceVar) == "" {
 		os.Exit(reexec())
 	}

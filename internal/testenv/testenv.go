@@ -129,3 +129,11 @@ func soakFactor() float64 {
 	}
 	return f
 }
+
+// Feature notes in tb's output that the feature name works here by the given
+// path ("mount table", "mountinfo"). The kernel matrix makes its report of these
+// notes.
+func Feature(tb testing.TB, name, path string) {
+	tb.Helper()
+	tb.Logf("feature: %s: %s", name, path)
+}

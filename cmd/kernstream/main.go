@@ -1,0 +1,169 @@
+// Command kernstream prints Linux kernel events as they happen.
+//
+// Events go to the standard output, one line each, as text for people or with
+// -json as JSON; everything else goes to the standard error. The exit status
+// is 0 when it is done or interrupted, 1 after a failure, 2 for wrong usage, 3
+// when the time is up, and 4 when the kernel or a privilege does not allow it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+// The exit statuses.
+const (
+	exitDone        = 0
+	exitFailure     = 1
+	exitUsage       = 2
+	exitTimeout     = 3
+	exitUnsupported = 4
+)
+
+const usage = `kernstream prints Linux kernel events as they happen.
+
+usage: kernstream COMMAND [flags]
+
+commands:
+  mounts    the mount table, and every change of it
+
+flags of every command:
+  -json         print one JSON object per line
+  -n N          stop after N events
+  -timeout D    stop after a time such as 10s, with exit status 3
+
+kernstream COMMAND -help shows the flags of one command.
+
+exit status: 0 done or interrupted, 1 failure, 2 usage, 3 timeout,
+4 not supported or not permitted
+`
+
+// commands are the commands by name. Each gets its arguments and returns when
+// it is done; the error decides on the exit status.
+var commands = map[string]func(ctx context.Context, env *environment, args []string) error{
+	"mounts": mounts,
+}
+
+// environment is what a command uses of the process.
+type environment struct {
+	stdout io.Writer
+	stderr io.Writer
+	color  bool // stdout is a terminal that shows colours
+}
+
+var (
+	errTimeout = errors.New("the time is up")
+	errUsage   = errors.New("wrong usage") // has been explained already
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	env := &environment{stdout: os.Stdout, stderr: os.Stderr, color: showsColors(os.Stdout)}
+	os.Exit(run(ctx, env, os.Args[1:]))
+}
+
+func run(ctx context.Context, env *environment, args []string) int {
+	if len(args) == 0 {
+		fmt.Fprint(env.stderr, usage)
+		return exitUsage
+	}
+	switch args[0] {
+	case "help", "-h", "-help", "--help":
+		fmt.Fprint(env.stdout, usage)
+		return exitDone
+	}
+	command, ok := commands[args[0]]
+	if !ok {
+		fmt.Fprintf(env.stderr, "kernstream: unknown command %q\n\n%s", args[0], usage)
+		return exitUsage
+	}
+	err := command(ctx, env, args[1:])
+	status := exitStatus(ctx, err)
+	if status != exitDone && status != exitUsage {
+		fmt.Fprintln(env.stderr, "kernstream:", err)
+	}
+	return status
+}
+
+// exitStatus returns the status for err. ctx is done after a signal, which is
+// a way to be done.
+func exitStatus(ctx context.Context, err error) int {
+	switch {
+	case err == nil, errors.Is(err, flag.ErrHelp):
+		return exitDone
+	case errors.Is(err, errUsage):
+		return exitUsage
+	case errors.Is(err, errTimeout):
+		return exitTimeout
+	case ctx.Err() != nil && errors.Is(err, context.Cause(ctx)):
+		return exitDone
+	case errors.Is(err, errors.ErrUnsupported), errors.Is(err, fs.ErrPermission):
+		return exitUnsupported
+	}
+	return exitFailure
+}
+
+// common are the flags that every command has.
+type common struct {
+	json    bool
+	n       int
+	timeout time.Duration
+}
+
+// newFlags returns the flags of a command; synopsis and help describe it.
+func newFlags(env *environment, name, synopsis, help string) (*flag.FlagSet, *common) {
+	flags := flag.NewFlagSet(name, flag.ContinueOnError)
+	flags.SetOutput(env.stderr)
+	c := &common{}
+	flags.BoolVar(&c.json, "json", false, "print one JSON object per line")
+	flags.IntVar(&c.n, "n", 0, "stop after `N` events")
+	flags.DurationVar(&c.timeout, "timeout", 0, "stop after this time, with exit status 3")
+	flags.Usage = func() {
+		fmt.Fprintf(flags.Output(), "usage: kernstream %s %s\n\n%s\nflags:\n", name, synopsis, help)
+		flags.PrintDefaults()
+	}
+	return flags, c
+}
+
+// parse parses args, checks the common flags, and returns the context of the
+// command.
+func (c *common) parse(ctx context.Context, env *environment, flags *flag.FlagSet, args []string) (context.Context, context.CancelFunc, error) {
+	for _, arg := range args {
+		if arg == "-h" || arg == "-help" || arg == "--help" {
+			flags.SetOutput(env.stdout) // asked for, so it is no complaint
+		}
+	}
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return nil, nil, err
+		}
+		return nil, nil, errUsage
+	}
+	switch {
+	case c.n < 0:
+		return nil, nil, wrongUsage(flags, "-n must not be negative")
+	case c.timeout < 0:
+		return nil, nil, wrongUsage(flags, "-timeout must not be negative")
+	case c.timeout == 0:
+		ctx, cancel := context.WithCancel(ctx)
+		return ctx, cancel, nil
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout, errTimeout)
+	return ctx, cancel, nil
+}
+
+// wrongUsage explains what is wrong with the arguments.
+func wrongUsage(flags *flag.FlagSet, format string, args ...any) error {
+	fmt.Fprintf(flags.Output(), "kernstream %s: %s\n", flags.Name(), fmt.Sprintf(format, args...))
+	fmt.Fprintf(flags.Output(), "kernstream %s -help shows the flags\n", flags.Name())
+	return errUsage
+}

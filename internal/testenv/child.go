@@ -1,0 +1,45 @@
+package testenv
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"testing"
+)
+
+const childVar = "KERNSTREAM_TEST_CHILD"
+
+// children are the programs that this test binary can be, by name.
+var children = map[string]func(args []string) int{}
+
+// RegisterChild makes the test binary behave as the program main when it is
+// run by [Child] with name. It is called by init functions.
+func RegisterChild(name string, main func(args []string) int) { children[name] = main }
+
+// Child returns a command that runs this test binary as the program name. It
+// dies with the test.
+func Child(tb testing.TB, name string, args ...string) *exec.Cmd {
+	tb.Helper()
+	if children[name] == nil {
+		tb.Fatalf("no child is called %q", name)
+	}
+	cmd := exec.CommandContext(tb.Context(), "/proc/self/exe", args...)
+	cmd.Env = append(os.Environ(), childVar+"="+name)
+	cmd.Stderr = os.Stderr
+	return cmd
+}
+
+// beChild ends the process as a child, if it is to be one.
+func beChild() {
+	name := os.Getenv(childVar)
+	if name == "" {
+		return
+	}
+	main, ok := children[name]
+	if !ok {
+		fmt.Fprintf(os.Stderr, "testenv: no child is called %q\n", name)
+		os.Exit(1)
+	}
+	os.Unsetenv(childVar)
+	os.Exit(main(os.Args[1:]))
+}
