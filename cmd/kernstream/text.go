@@ -35,7 +35,7 @@ func showsColors(file *os.File) bool {
 // readable returns s, quoted if it is empty, or has spaces, quotes, bytes that
 // are not text, or control characters, which a terminal might obey.
 func readable(s string) string {
-	odd := func(r rune) bool { return r == '"' || r == '\\' || unicode.IsSpace(r) || !unicode.IsPrint(r) }
+	odd := func(r rune) bool { return r == '"' || unicode.IsSpace(r) || !unicode.IsPrint(r) }
 	if s == "" || !utf8.ValidString(s) || strings.ContainsFunc(s, odd) {
 		return strconv.Quote(s)
 	}
