@@ -637,11 +637,8 @@ func TestMergeClosesWhatItCannotDeliver(t *testing.T) {
 // embeds a stream.
 func TestMergeOfMerged(t *testing.T) {
 	testenv.NoLeaks(t)
-	type embedding struct {
-		*kernstream.Stream[*fakeEvent]
-		other []int
-	}
-	inner := kernstream.Merge(t.Context(), numbers(t.Context(), "a", 10, nil), &embedding{Stream: numbers(t.Context(), "b", 10, nil)})
+	type embedding struct{ *kernstream.Stream[*fakeEvent] }
+	inner := kernstream.Merge(t.Context(), numbers(t.Context(), "a", 10, nil), embedding{numbers(t.Context(), "b", 10, nil)})
 	all := kernstream.Merge(t.Context(), inner, numbers(t.Context(), "c", 10, nil))
 	if n := drain(t, all); n != 30 || all.Err() != nil {
 		t.Errorf("%d events, Err %v; want 30, nil", n, all.Err())

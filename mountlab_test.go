@@ -305,13 +305,12 @@ func (l *lab) want(e *kernstream.MountEvent, unmounted, moved, changed, mounted 
 
 // An agent is a process that does what it is told, in its own namespaces.
 type agent struct {
-	t      testing.TB
-	PID    int
-	in     io.WriteCloser
-	out    *bufio.Reader
-	wait   func() error
-	ended  bool
-	output string
+	t     testing.TB
+	PID   int
+	in    io.WriteCloser
+	out   *bufio.Reader
+	wait  func() error
+	ended bool
 }
 
 func init() { testenv.RegisterChild("agent", agentMain) }

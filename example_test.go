@@ -1,0 +1,187 @@
+package kernstream_test
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"os"
+	"os/signal"
+	"time"
+
+	"github.com/kernstream/kernstream"
+)
+
+// Print each change of the mount table until the program is interrupted.
+func Example() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	w, err := kernstream.WatchMounts(ctx, &kernstream.MountOptions{NoInitial: true})
+	if err != nil {
+		log.Fatal(err)
+	}
+	for e := range w.C {
+		for _, m := range e.Mounted {
+			fmt.Println(m.FSType, "mounted on", m.MountPoint)
+		}
+		for _, m := range e.Unmounted {
+			fmt.Println(m.FSType, "unmounted from", m.MountPoint)
+		}
+	}
+	if err := w.Err(); ctx.Err() == nil {
+		log.Fatal(err)
+	}
+}
+
+// A snapshot lists the mounts of the calling process.
+func ExampleMounts() {
+	mounts, err := kernstream.Mounts(&kernstream.MountOptions{
+		Filter: func(m *kernstream.Mount) bool { return m.FSType == "proc" && m.MountPoint == "/proc" },
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(mounts[0].FSType)
+	// Output: proc
+}
+
+// A program that keeps the table applies the lists in their order.
+func ExampleMountEvent() {
+	table := map[uint32]kernstream.Mount{}
+	apply := func(e *kernstream.MountEvent) {
+		for _, m := range e.Unmounted {
+			delete(table, m.MountInfoID)
+		}
+		for _, c := range e.Moved {
+			table[c.New.MountInfoID] = c.New
+		}
+		for _, c := range e.Changed {
+			table[c.New.MountInfoID] = c.New
+		}
+		for _, m := range e.Mounted {
+			table[m.MountInfoID] = m
+		}
+	}
+	w, err := kernstream.WatchMounts(context.Background(), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	apply(<-w.C) // the initial event has the whole table
+	w.Close()
+	fmt.Println(len(table) > 0)
+	// Output: true
+}
+
+// Changes that follow each other within 50 ms become one event.
+func ExampleCoalesceFor() {
+	w, err := kernstream.WatchMounts(context.Background(), &kernstream.MountOptions{
+		Coalesce: kernstream.CoalesceFor(50 * time.Millisecond),
+		MaxDelay: 500 * time.Millisecond,
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer w.Close()
+	fmt.Println((<-w.C).Initial)
+	// Output: true
+}
+
+// What the kernel tells nobody about is found by looking.
+func ExampleMountWatcher_Rescan() {
+	w, err := kernstream.WatchMounts(context.Background(), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer w.Close()
+	<-w.C
+	w.Rescan() // an event follows if there is a difference
+}
+
+func ExampleSplitOptions() {
+	fmt.Printf("%q\n", kernstream.SplitOptions(`rw,lowerdir=/a\054b:/c,upperdir=/d`))
+	// Output: ["rw" "lowerdir=/a,b:/c" "upperdir=/d"]
+}
+
+// A tick is an event of a source that the program makes itself.
+type tick struct{ When time.Time }
+
+func (t *tick) Time() time.Time { return t.When }
+func (t *tick) String() string  { return "tick" }
+
+// newTicks is a source of n ticks.
+func newTicks(ctx context.Context, n int) *kernstream.Stream[*tick] {
+	return kernstream.NewStream(ctx, func(ctx context.Context, emit func(*tick) bool) error {
+		ticker := time.NewTicker(time.Millisecond)
+		defer ticker.Stop()
+		for range n {
+			select {
+			case now := <-ticker.C:
+				if !emit(&tick{When: now}) {
+					return nil
+				}
+			case <-ctx.Done():
+				return nil
+			}
+		}
+		return nil
+	})
+}
+
+// A stream can be made of any function that emits events.
+func ExampleNewStream() {
+	s := newTicks(context.Background(), 3)
+	for e := range s.C {
+		fmt.Println(e)
+	}
+	fmt.Println(s.Err())
+	// Output:
+	// tick
+	// tick
+	// tick
+	// <nil>
+}
+
+// A loop over several streams sets the channel of one that has ended to nil.
+func ExampleStream() {
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	w, err := kernstream.WatchMounts(ctx, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	s := newTicks(ctx, 2)
+	mounts, ticks := w.C, s.C
+	for mounts != nil || ticks != nil {
+		select {
+		case e, ok := <-mounts:
+			if !ok {
+				mounts = nil
+				continue
+			}
+			fmt.Println("initial:", e.Initial)
+		case e, ok := <-ticks:
+			if !ok {
+				ticks = nil
+				continue
+			}
+			_ = e
+		}
+	}
+	fmt.Println(w.Err(), s.Err())
+	// Output:
+	// initial: true
+	// context deadline exceeded <nil>
+}
+
+// Merge makes one stream of several.
+func ExampleMerge() {
+	ctx := context.Background()
+	all := kernstream.Merge(ctx, newTicks(ctx, 2), newTicks(ctx, 3))
+	n := 0
+	for e := range all.C {
+		if _, ok := e.(*tick); ok {
+			n++
+		}
+	}
+	fmt.Println(n, all.Err())
+	// Output: 5 <nil>
+}
