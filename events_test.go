@@ -316,6 +316,42 @@ func TestStreamCloseIsIdempotent(t *testing.T) {
 	}
 }
 
+// TestStreamCloseIsTheJoin: when Close has returned, C is closed.
+func TestStreamCloseIsTheJoin(t *testing.T) {
+	testenv.NoLeaks(t)
+	for range testenv.SoakN(20_000) {
+		s := silent(context.Background())
+		s.Close()
+		select {
+		case <-s.C:
+		default:
+			t.Fatal("C is open after Close")
+		}
+	}
+}
+
+// TestStreamLearnsLate: a producer that knows of the end of the context before
+// the stream does, since a context tells its children one after the other, does
+// not make it a natural end.
+func TestStreamLearnsLate(t *testing.T) {
+	testenv.NoLeaks(t)
+	for range 20 {
+		ctx, cancel := context.WithCancelCause(context.Background())
+		for range 5_000 {
+			_, stop := context.WithCancel(ctx)
+			defer stop()
+		}
+		s := kernstream.NewStream(ctx, func(context.Context, func(*fakeEvent) bool) error {
+			<-ctx.Done()
+			return nil
+		})
+		cancel(errCause)
+		if drain(t, s); s.Err() != errCause {
+			t.Fatalf("Err is %v; want the cause", s.Err())
+		}
+	}
+}
+
 // TestStreamAbandoned: a consumer that goes away without a word costs nothing
 // once the context is done.
 func TestStreamAbandoned(t *testing.T) {
