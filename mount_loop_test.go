@@ -225,6 +225,15 @@ func TestMountLoopInitialEmpty(t *testing.T) {
 			t.Error("When is not set")
 		}
 		finish(t, w, f)
+		// It is not held back when it is empty no more.
+		f = newFakeTable()
+		w = f.watch(t.Context(), MountOptions{Coalesce: func(e *MountEvent) time.Duration {
+			t.Errorf("Coalesce was asked about %q", summary(e))
+			return time.Hour
+		}})
+		f.mount("/a")
+		expect(t, w, " +/a initial")
+		finish(t, w, f)
 	})
 }
 
@@ -400,7 +409,8 @@ func TestMountLoopMaxDelay(t *testing.T) {
 func TestMountLoopWindowUndone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeTable("/")
-		w := f.watch(t.Context(), MountOptions{Coalesce: CoalesceFor(100 * time.Millisecond)})
+		asked := 0
+		w := f.watch(t.Context(), MountOptions{Coalesce: func(*MountEvent) time.Duration { asked++; return 100 * time.Millisecond }})
 		expect(t, w, " +/ initial")
 		a := f.mount("/a")
 		synctest.Wait()
@@ -413,6 +423,9 @@ func TestMountLoopWindowUndone(t *testing.T) {
 		expect(t, w, "none")
 		time.Sleep(time.Millisecond)
 		expect(t, w, " +/b")
+		if asked != 2 {
+			t.Errorf("Coalesce was asked %d times; want once for each window", asked)
+		}
 		finish(t, w, f)
 	})
 }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/internal/mntns"
 	"github.com/kernstream/kernstream/internal/testenv"
 )
 
@@ -770,6 +771,63 @@ func TestMountPivotRoot(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// TestMountChangeRoot: a process that changes its root and drops the old one at
+// once, as container runtimes do, is followed, also when the files of the watcher
+// read empty because they belong to the old root.
+func TestMountChangeRoot(t *testing.T) {
+	testenv.NoLeaks(t)
+	dir := labDir(t)
+	root := filepath.Join(dir, "root")
+	for _, d := range []string{root, filepath.Join(root, "old"), filepath.Join(root, "sub")} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range testenv.SoakN(20) {
+		a := newAgent(t, unix.CLONE_NEWNS)
+		a.do("mount", root, root, "", fmt.Sprint(unix.MS_BIND))
+		target := &kernstream.MountOptions{PID: a.PID}
+		l := &lab{t: t, dir: root}
+		l.watch(t.Context(), target)
+		a.do("change root", root, filepath.Join(root, "old"))
+		a.do("mount", "later", "/sub", "tmpfs")
+		for len(l.table) != 2 {
+			l.apply(l.receive())
+		}
+		l.checkTable(target)
+		l.w.Close()
+		a.end()
+	}
+}
+
+// TestMountProcessLeavesNamespace: the watcher stays with the namespace that the
+// process had, whatever the process does later.
+func TestMountProcessLeavesNamespace(t *testing.T) {
+	testenv.NoLeaks(t)
+	dir := labDir(t)
+	a := newAgent(t, unix.CLONE_NEWNS)
+	namespace, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", a.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer namespace.Close()
+	l := &lab{t: t, dir: dir}
+	l.watch(t.Context(), &kernstream.MountOptions{PID: a.PID})
+	a.do("unshare")
+	a.do("mount", "elsewhere", dir, "tmpfs")
+	l.quiet("the process has gone elsewhere")
+	// A change of what is on / makes the watcher open its files again.
+	err = mntns.Do(int(namespace.Fd()), func(int) error { return unix.Mount("there", "/", "tmpfs", 0, "") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := l.receive()
+	l.apply(e)
+	if len(e.Mounted) != 1 || len(e.Unmounted) != 0 || e.Mounted[0].MountPoint != "/" {
+		t.Errorf("event %v; want the mount on /", e)
 	}
 }
 

@@ -437,6 +437,14 @@ func obey(words []string) (text string, err error) {
 		if err = unix.PivotRoot(word(1), word(2)); err == nil {
 			err = unix.Chdir("/")
 		}
+	case "change root": // as containers do: pivot_root, and the old root is gone
+		if err = unix.PivotRoot(word(1), word(2)); err == nil {
+			err = unix.Unmount("/"+filepath.Base(word(2)), unix.MNT_DETACH)
+		}
+	case "unshare": // the mount namespace
+		if err = unix.Unshare(unix.CLONE_FS); err == nil {
+			err = unix.Unshare(unix.CLONE_NEWNS)
+		}
 	case "chroot":
 		if err = unix.Chroot(word(1)); err == nil {
 			err = unix.Chdir("/")

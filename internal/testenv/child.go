@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"testing"
 )
 
@@ -11,6 +12,14 @@ const childVar = "KERNSTREAM_TEST_CHILD"
 
 // children are the programs that this test binary can be, by name.
 var children = map[string]func(args []string) int{}
+
+func init() {
+	// A child's main goroutine stays on the main thread, whose namespaces and
+	// root directory are those that /proc shows for the process.
+	if os.Getenv(childVar) != "" {
+		runtime.LockOSThread()
+	}
+}
 
 // RegisterChild makes the test binary behave as the program main when it is
 // run by [Child] with name. It is called by init functions.
