@@ -8,6 +8,7 @@
 package mntns
 
 import (
+	"errors"
 	"os"
 	"runtime"
 
@@ -27,7 +28,13 @@ import (
 // each time.
 func Do(ns int, use func(proc int) error) error {
 	result := make(chan error, 1)
-	go onOwnThread(func() { result <- enter(ns, use) })
+	go onOwnThread(func() {
+		// Sent even if use ends the goroutine, as FailNow of package testing
+		// does.
+		err := errors.New("mntns: the function did not return")
+		defer func() { result <- err }()
+		err = enter(ns, use)
+	})
 	return <-result
 }
 

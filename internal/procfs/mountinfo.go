@@ -96,10 +96,11 @@ func (p *MountInfoParser) Parse(row string) (m MountInfo, err error) {
 	// An empty source is an empty field. What follows the source is one
 	// field, whatever it holds.
 	source, super, found := strings.Cut(rest, " ")
+	m.Source = Unescape(source)
 	if !found {
-		source, super = "", rest
+		return m, errors.New("no super block options")
 	}
-	m.Source, m.SuperOptions = Unescape(source), super
+	m.SuperOptions = super
 	return m, nil
 }
 
@@ -117,7 +118,10 @@ func decimal(s string) (n uint32, ok bool) {
 		}
 		wide = wide*10 + uint64(digit)
 	}
-	return uint32(wide), wide <= 1<<32-1
+	if wide > 1<<32-1 {
+		return 0, false
+	}
+	return uint32(wide), true
 }
 
 // Unescape decodes the octal escapes of the kernel's seq_escape: a backslash

@@ -60,10 +60,12 @@ func (t *MountTable) Rows() []*MountRow { return t.rows }
 
 // Compare compares the table with a mountinfo text. It does not keep the text.
 //
-// Rows belong to the same mount when mount ID, device and file system type are
-// the same. The kernel gives the ID of a mount that is gone to the next one, so
-// a mount that was replaced by one of the same device and type is taken for the
-// same. No ID should stand in the text twice, see [DropRepeated].
+// The kernel gives the ID of a mount that is gone to the next one, and the
+// number of its device, too. So rows of one ID belong to the same mount if
+// nothing speaks against it: device and file system type are the same, and
+// either it is where it was, or that is all that changed. A mount that was
+// replaced by one like it is taken for the same. No ID should stand in the text
+// twice, see [DropRepeated].
 //
 // The kernel lists mounts in the order of their creation (since Linux 6.8, and
 // mostly before). Compare is fast when that holds, and right when it does not.
@@ -203,13 +205,17 @@ func (t *MountTable) parse(line []byte) *MountRow {
 	return row
 }
 
-// sameMount tells whether two rows of one ID are of one mount: a mount keeps
-// its device and its type, whatever happens to it.
-func sameMount(a, b *MountRow) bool {
-	if a.Err != nil || b.Err != nil {
+// sameMount tells whether two rows of one ID are taken for the same mount.
+func sameMount(old, now *MountRow) bool {
+	if old.Err != nil || now.Err != nil {
 		return true
 	}
-	return a.Major == b.Major && a.Minor == b.Minor && a.FSType == b.FSType
+	// A mount keeps these, whatever happens to it.
+	if old.Major != now.Major || old.Minor != now.Minor || old.FSType != now.FSType {
+		return false
+	}
+	stayed := old.MountPoint == now.MountPoint && old.ParentID == now.ParentID
+	return stayed || old.Root == now.Root && old.Source == now.Source && old.SuperOptions == now.SuperOptions
 }
 
 // DropRepeated returns text without the rows whose mount ID stands in a later

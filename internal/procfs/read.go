@@ -45,6 +45,9 @@ func MountsChanged(fd int) (bool, error) {
 	for {
 		switch _, err := unix.Poll(fds, 0); err {
 		case nil:
+			if fds[0].Revents&unix.POLLNVAL != 0 {
+				return false, os.NewSyscallError("poll", unix.EBADF)
+			}
 			return fds[0].Revents&(unix.POLLPRI|unix.POLLERR) != 0, nil
 		case unix.EINTR:
 		default:

@@ -33,7 +33,8 @@ func Child(tb testing.TB, name string, args ...string) *exec.Cmd {
 		tb.Fatalf("no child is called %q", name)
 	}
 	cmd := exec.CommandContext(tb.Context(), "/proc/self/exe", args...)
-	cmd.Env = append(os.Environ(), childVar+"="+name)
+	// The race detector would let each child wait a second before it exits.
+	cmd.Env = append(os.Environ(), childVar+"="+name, "GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE"))
 	cmd.Stderr = os.Stderr
 	return cmd
 }

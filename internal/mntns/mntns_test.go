@@ -1,0 +1,617 @@
+package mntns_test
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/mntns"
+	"github.com/kernstream/kernstream/internal/testenv"
+)
+
+func TestMain(m *testing.M) { testenv.MainInNamespace(m) }
+
+// The programs that the test binary can be. The ones that call Do have the
+// namespace as descriptor 3.
+const (
+	resident   = "resident"    // lives in a mount namespace of its own
+	caller     = "caller"      // calls Do and says what came of it
+	procless   = "procless"    // a caller that has no /proc
+	mainThread = "main-thread" // a caller whose main thread it is
+)
+
+// lockMainVar makes the main goroutine stay on the main thread, where init
+// functions run.
+const lockMainVar = "KERNSTREAM_TEST_LOCK_MAIN"
+
+func init() {
+	testenv.RegisterChild(resident, beResident)
+	testenv.RegisterChild(caller, beCaller)
+	testenv.RegisterChild(procless, func(args []string) int {
+		if err := hideProc(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return beCaller(args)
+	})
+	testenv.RegisterChild(mainThread, beMainThread)
+	if os.Getenv(lockMainVar) != "" {
+		runtime.LockOSThread()
+	}
+}
+
+const (
+	source = "only-in-the-other-namespace" // of the mount there
+	file   = "file"                        // in that mount
+)
+
+func hideProc() error { return unix.Mount("", "/proc", "tmpfs", 0, "") }
+
+// beResident mounts a tmpfs on the directory given, says so, and stays until
+// its standard input ends. With another argument it has no /proc.
+func beResident(args []string) int {
+	dir := args[0]
+	err := unix.Mount(source, dir, "tmpfs", 0, "")
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, file), []byte(source), 0o600)
+	}
+	if err == nil && len(args) > 1 {
+		err = hideProc()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "resident:", err)
+		return 1
+	}
+	fmt.Println("ready")
+	io.Copy(io.Discard, os.Stdin)
+	return 0
+}
+
+// A namespace is a mount namespace in which a tmpfs is mounted on dir, which is
+// an empty directory in the one of the tests.
+type namespace struct {
+	*os.File
+	dir  string
+	name string // what /proc/PID/ns/mnt of a process in it says
+}
+
+func newNamespace(t *testing.T, args ...string) *namespace {
+	t.Helper()
+	testenv.NeedMounts(t)
+	ns := &namespace{dir: t.TempDir()}
+	cmd := testenv.Child(t, resident, append([]string{ns.dir}, args...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		stdin.Close()
+		cmd.Wait()
+	})
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "ready\n" {
+		t.Fatalf("the other namespace: %q, %v", line, err)
+	}
+	link := fmt.Sprintf("/proc/%d/ns/mnt", cmd.Process.Pid)
+	if ns.name, err = os.Readlink(link); err != nil {
+		t.Fatal(err)
+	}
+	if ns.File, err = os.Open(link); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ns.File.Close() })
+	return ns
+}
+
+func (ns *namespace) fd() int { return int(ns.File.Fd()) }
+
+// readAt reads a file whose path is relative to the directory dir.
+func readAt(dir int, name string) (string, error) {
+	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	f := os.NewFile(uintptr(fd), name)
+	defer f.Close()
+	text, err := io.ReadAll(f)
+	return string(text), err
+}
+
+func readlinkAt(dir int, name string) (string, error) {
+	buf := make([]byte, 200)
+	n, err := unix.Readlinkat(dir, name, buf)
+	return string(buf[:max(n, 0)]), err
+}
+
+// surroundings is what a process sees of its mounts through /proc/self, and
+// through paths.
+type surroundings struct{ namespace, root, cwd, mountinfo string }
+
+func look() (s surroundings, err error) {
+	for link, target := range map[string]*string{"ns/mnt": &s.namespace, "root": &s.root, "cwd": &s.cwd} {
+		if *target, err = os.Readlink("/proc/self/" + link); err != nil {
+			return s, err
+		}
+	}
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	s.mountinfo = string(text)
+	return s, err
+}
+
+func mustLook(t *testing.T) surroundings {
+	t.Helper()
+	s, err := look()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// inside returns what is wrong with being in the namespace named name, which
+// has a tmpfs on dir, or nil.
+func inside(proc int, dir, name string) error {
+	table, err := readAt(proc, "mountinfo")
+	if err != nil {
+		return err
+	}
+	if !strings.Contains(table, source) {
+		return fmt.Errorf("the mount is not in the table of the thread:\n%s", table)
+	}
+	content, err := os.ReadFile(filepath.Join(dir, file))
+	if string(content) != source {
+		return fmt.Errorf("the file in the mount: %q, %w", content, err)
+	}
+	link, err := readlinkAt(proc, "ns/mnt")
+	if link != name {
+		return fmt.Errorf("the thread is in %q, want %q, %w", link, name, err)
+	}
+	if stat, err := readAt(proc, "stat"); !strings.HasPrefix(stat, fmt.Sprint(unix.Gettid(), " ")) {
+		return fmt.Errorf("proc is not of thread %d: %q, %w", unix.Gettid(), stat, err)
+	}
+	if cwd, err := unix.Getwd(); cwd != "/" {
+		return fmt.Errorf("working directory %q, %w", cwd, err)
+	}
+	return nil
+}
+
+// elsewhere returns the threads of this process that are in another mount
+// namespace than the process.
+func elsewhere(t *testing.T) (threads []string) {
+	t.Helper()
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, task := range tasks {
+		link, err := os.Readlink("/proc/self/task/" + task.Name() + "/ns/mnt")
+		if err == nil && link != own {
+			threads = append(threads, task.Name()+" in "+link)
+		}
+	}
+	return threads
+}
+
+// eventually fails the test unless f returns nothing soon.
+func eventually(t *testing.T, what string, f func() []string) {
+	t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		left := f()
+		if len(left) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %v", what, left)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// TestDo: the function runs in the other namespace, sees its mounts through
+// proc and through paths, and its error is the one of Do. Meanwhile and
+// afterwards the process is where it was.
+func TestDo(t *testing.T) {
+	testenv.NoLeaks(t)
+	ns := newNamespace(t)
+	before := mustLook(t)
+	if before.namespace == ns.name || strings.Contains(before.mountinfo, source) {
+		t.Fatal("the namespace is not another one")
+	}
+	mine := errors.New("mine")
+	for _, want := range []error{nil, mine} {
+		entered, leave := make(chan error), make(chan struct{})
+		result := make(chan error)
+		go func() {
+			result <- mntns.Do(ns.fd(), func(proc int) error {
+				entered <- inside(proc, ns.dir, ns.name)
+				<-leave
+				return want
+			})
+		}()
+		select {
+		case err := <-entered:
+			if err != nil {
+				t.Error(err)
+			}
+		case err := <-result:
+			t.Fatalf("ended without calling the function: %v", err)
+		}
+		if during := mustLook(t); during != before {
+			t.Errorf("while it runs: %+v, before: %+v", during, before)
+		}
+		if _, err := os.Stat(filepath.Join(ns.dir, file)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the file is in this namespace, too: %v", err)
+		}
+		close(leave)
+		if err := <-result; err != want {
+			t.Errorf("error %v, want %v", err, want)
+		}
+		if after := mustLook(t); after != before {
+			t.Errorf("afterwards: %+v, before: %+v", after, before)
+		}
+	}
+	eventually(t, "threads in another namespace", func() []string { return elsewhere(t) })
+}
+
+// TestDoOwnNamespace: the namespace that the process is in is no exception.
+func TestDoOwnNamespace(t *testing.T) {
+	testenv.NeedMounts(t)
+	testenv.NoLeaks(t)
+	own, err := os.Open("/proc/self/ns/mnt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer own.Close()
+	before := mustLook(t)
+	err = mntns.Do(int(own.Fd()), func(proc int) error {
+		if table, err := readAt(proc, "mountinfo"); table != before.mountinfo {
+			return fmt.Errorf("another table, %w:\n%s", err, table)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDoWithoutProc: proc works in a namespace that has no /proc.
+func TestDoWithoutProc(t *testing.T) {
+	testenv.NoLeaks(t)
+	ns := newNamespace(t, "without /proc")
+	err := mntns.Do(ns.fd(), func(proc int) error {
+		if _, err := os.Stat("/proc/self"); !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("the namespace has a /proc: %w", err)
+		}
+		return inside(proc, ns.dir, ns.name)
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDoOtherGoroutines: goroutines that the function starts are not in the
+// namespace, however many threads they need, and it may call Do itself.
+func TestDoOtherGoroutines(t *testing.T) {
+	testenv.NoLeaks(t)
+	ns := newNamespace(t)
+	own := mustLook(t).namespace
+	err := mntns.Do(ns.fd(), func(proc int) error {
+		const n = 20
+		var meet, done sync.WaitGroup
+		meet.Add(n)
+		problems := make([]error, n)
+		for i := range n {
+			done.Go(func() {
+				runtime.LockOSThread() // so that each has a thread of its own
+				defer runtime.UnlockOSThread()
+				meet.Done()
+				meet.Wait()
+				if link, err := os.Readlink("/proc/thread-self/ns/mnt"); link != own {
+					problems[i] = fmt.Errorf("goroutine in %q, want %q, %w", link, own, err)
+				}
+			})
+		}
+		done.Wait()
+		if err := errors.Join(problems...); err != nil {
+			return err
+		}
+		if err := mntns.Do(ns.fd(), func(proc int) error { return inside(proc, ns.dir, ns.name) }); err != nil {
+			return err
+		}
+		return inside(proc, ns.dir, ns.name)
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDoThreadEnds: each call has a thread of its own, which is gone soon
+// after it, also when many are at work at once.
+func TestDoThreadEnds(t *testing.T) {
+	testenv.NoLeaks(t)
+	ns := newNamespace(t)
+	var mu sync.Mutex
+	threads := make(map[int]bool)
+	call := func() error {
+		return mntns.Do(ns.fd(), func(proc int) error {
+			mu.Lock()
+			tid := unix.Gettid()
+			again := threads[tid]
+			threads[tid] = true
+			mu.Unlock()
+			if again {
+				return fmt.Errorf("thread %d is used a second time", tid)
+			}
+			return inside(proc, ns.dir, ns.name)
+		})
+	}
+	gone := func() []string {
+		var left []string
+		for tid := range threads {
+			if _, err := os.Stat("/proc/self/task/" + strconv.Itoa(tid)); err == nil {
+				left = append(left, strconv.Itoa(tid))
+			}
+		}
+		return left
+	}
+
+	for range 200 {
+		if err := call(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "threads left after 200 calls in a row", gone)
+
+	var wg sync.WaitGroup
+	problems := make([]error, 50)
+	for i := range problems {
+		wg.Go(func() {
+			for range 4 {
+				problems[i] = errors.Join(problems[i], call())
+			}
+		})
+	}
+	wg.Wait()
+	if err := errors.Join(problems...); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "threads left after 50 goroutines", gone)
+	if len(threads) != 400 {
+		t.Errorf("%d threads for 400 calls", len(threads))
+	}
+	eventually(t, "threads in another namespace", func() []string { return elsewhere(t) })
+}
+
+// TestDoFails: the error names the system call and has the kernel's reason, the
+// function is not called, and nothing is left behind.
+func TestDoFails(t *testing.T) {
+	testenv.NoLeaks(t)
+	testenv.NeedMounts(t)
+	open := func(name string) int {
+		f, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return int(f.Fd())
+	}
+	for _, c := range []struct {
+		name string
+		ns   int
+		want syscall.Errno
+	}{
+		{"UTS namespace", open("/proc/self/ns/uts"), unix.EINVAL},
+		{"network namespace", open("/proc/self/ns/net"), unix.EINVAL},
+		{"file", open("/proc/self/mountinfo"), unix.EINVAL},
+		{"no descriptor", -1, unix.EBADF},
+	} {
+		for range 10 {
+			called := false
+			err := mntns.Do(c.ns, func(int) error { called = true; return nil })
+			var call *os.SyscallError
+			if !errors.As(err, &call) || call.Syscall != "setns" || call.Err != c.want || called {
+				t.Errorf("%s: error %v, function called: %t; want setns: %v", c.name, err, called, c.want)
+			}
+		}
+	}
+}
+
+// beCaller calls Do and prints what came of it.
+func beCaller([]string) int {
+	called := false
+	err := mntns.Do(3, func(int) error { called = true; return nil })
+	var call *os.SyscallError
+	errors.As(err, &call)
+	if call == nil {
+		call = new(os.SyscallError)
+	}
+	fmt.Printf("called %t, call %s, permission %t, missing %t", called, call.Syscall, errors.Is(err, fs.ErrPermission), errors.Is(err, fs.ErrNotExist))
+	return 0
+}
+
+// call runs a child that calls Do with ns, and returns what it printed.
+func call(t *testing.T, ns *namespace, child string, attr *syscall.SysProcAttr) string {
+	t.Helper()
+	cmd := testenv.Child(t, child)
+	cmd.ExtraFiles = []*os.File{ns.File}
+	cmd.SysProcAttr = attr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
+}
+
+// TestDoPrivileged: a child that has the privilege is one that enters, so the
+// tests below fail for the reason that they name.
+func TestDoPrivileged(t *testing.T) {
+	const want = "called true, call , permission false, missing false"
+	if got := call(t, newNamespace(t), caller, nil); got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// TestDoOtherUserNamespace: a process that has every privilege in another user
+// namespace, and none in the one that owns the mount namespace, gets an error
+// that is fs.ErrPermission.
+func TestDoOtherUserNamespace(t *testing.T) {
+	const want = "called false, call setns, permission true, missing false"
+	attr := &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER,
+		UidMappings: []syscall.SysProcIDMap{{HostID: os.Geteuid(), Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{HostID: os.Getegid(), Size: 1}},
+	}
+	if got := call(t, newNamespace(t), caller, attr); got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// TestDoOrdinaryUser: an ordinary user gets an error that is fs.ErrPermission.
+func TestDoOrdinaryUser(t *testing.T) {
+	testenv.NeedRoot(t, "another user's identity is taken")
+	const want = "called false, call setns, permission true, missing false"
+	attr := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	if got := call(t, newNamespace(t), caller, attr); got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// TestDoFromProcless: a process that has no /proc itself gets an error that
+// says so.
+func TestDoFromProcless(t *testing.T) {
+	const want = "called false, call open, permission false, missing true"
+	attr := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	if got := call(t, newNamespace(t), procless, attr); got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// beMainThread calls Do from the main goroutine while that has the main thread,
+// and prints what is wrong. The arguments are the directory and the name of the
+// namespace.
+func beMainThread(args []string) int {
+	if unix.Gettid() != unix.Getpid() {
+		fmt.Print("not on the main thread; ")
+	}
+	before, err := look()
+	if err != nil {
+		fmt.Print(err)
+	}
+	try := func() {
+		err := mntns.Do(3, func(proc int) error {
+			if unix.Gettid() == unix.Getpid() {
+				return errors.New("the function runs on the main thread")
+			}
+			if during, err := readAt(proc, "../../mountinfo"); during != before.mountinfo {
+				return fmt.Errorf("the process has another table, %w", err)
+			}
+			if during, err := readlinkAt(proc, "../../ns/mnt"); during != before.namespace {
+				return fmt.Errorf("the process is in %s, %w", during, err)
+			}
+			return inside(proc, args[0], args[1])
+		})
+		if err != nil {
+			fmt.Print(err, "; ")
+		}
+		if after, err := look(); after != before {
+			fmt.Printf("%+v, %v, before: %+v; ", after, err, before)
+		}
+	}
+	try() // while the main thread is locked
+
+	// With one processor, and this goroutine waiting, the one that Do starts
+	// gets the thread that this one had.
+	runtime.GOMAXPROCS(1)
+	runtime.UnlockOSThread()
+	try()
+	try()
+	if !mainThreadRuns() {
+		fmt.Print("the main thread runs no goroutine any more")
+	}
+	return 0
+}
+
+// mainThreadRuns tells whether the main thread is one of those that run
+// goroutines. It starts more of them at once than there are threads.
+func mainThreadRuns() bool {
+	const n = 50
+	var meet, done sync.WaitGroup
+	meet.Add(n)
+	var runs atomic.Bool
+	for range n {
+		done.Go(func() {
+			runtime.LockOSThread() // so that each has a thread of its own
+			defer runtime.UnlockOSThread()
+			if unix.Gettid() == unix.Getpid() {
+				runs.Store(true)
+			}
+			meet.Done()
+			meet.Wait()
+		})
+	}
+	if unix.Gettid() == unix.Getpid() {
+		runs.Store(true)
+	}
+	done.Wait()
+	return runs.Load()
+}
+
+// TestDoFromMainThread: the main thread, whose namespace /proc/self shows, never
+// enters another one, although the goroutine of Do may start on it. It is not
+// lost to the program either.
+func TestDoFromMainThread(t *testing.T) {
+	testenv.NoLeaks(t)
+	ns := newNamespace(t)
+	for range 3 {
+		cmd := testenv.Child(t, mainThread, ns.dir, ns.name)
+		cmd.Env = append(cmd.Env, lockMainVar+"=1")
+		cmd.ExtraFiles = []*os.File{ns.File}
+		out, err := cmd.Output()
+		if err != nil || len(out) > 0 {
+			t.Fatalf("%s, %v", out, err)
+		}
+	}
+}
+
+// TestDoGoexit: a function that ends its goroutine does not leave the caller
+// waiting.
+func TestDoGoexit(t *testing.T) {
+	testenv.NeedMounts(t)
+	file, err := os.Open("/proc/self/ns/mnt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	err = mntns.Do(int(file.Fd()), func(int) error {
+		runtime.Goexit()
+		return nil
+	})
+	if err == nil || !strings.Contains(err.Error(), "did not return") {
+		t.Errorf("Do returned %v; want an error that says what happened", err)
+	}
+}
