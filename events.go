@@ -126,6 +126,9 @@ func (r *run[T]) run(produce func(ctx context.Context, r *run[T]) error) {
 
 // reason turns what produce returned into what Err returns.
 func (r *run[T]) reason(err error) (_ error, own bool) {
+	if end, ok := err.(sourceEnd); ok {
+		return end.err, false
+	}
 	switch {
 	case err == io.EOF:
 		return nil, false
@@ -144,6 +147,12 @@ func (r *run[T]) reason(err error) (_ error, own bool) {
 	}
 	return err, false
 }
+
+// sourceEnd is what a producer of this package returns for an end that came
+// before any cancel.
+type sourceEnd struct{ err error }
+
+func (e sourceEnd) Error() string { return e.err.Error() }
 
 // emit sends e to the consumer, or closes it and returns false.
 func (r *run[T]) emit(e T) bool {
@@ -212,25 +221,33 @@ type Source interface {
 	Err() error
 	Close() error
 
-	// forward passes the events on until the stream or ctx ends, and closes
-	// the stream. It returns the error of a source that failed.
-	forward(ctx context.Context, emit func(Event) bool) error
+	// forward passes the events on to c until the stream or ctx ends, and
+	// closes the stream. It returns the error of a source that failed before
+	// ctx was done.
+	forward(ctx context.Context, c chan<- Event) error
+
+	// identity is the same for two Sources that are one stream.
+	identity() any
 }
 
-func (s *Stream[T]) forward(ctx context.Context, emit func(Event) bool) error {
+func (s *Stream[T]) identity() any { return s }
+
+func (s *Stream[T]) forward(ctx context.Context, c chan<- Event) error {
 	defer s.Close()
 	for ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
 		case e, ok := <-s.C:
 			if !ok {
-				if s.end.left() {
-					return nil
+				if err := s.Err(); err != nil && !s.end.left() && ctx.Err() == nil {
+					return sourceEnd{err}
 				}
-				return s.Err()
-			}
-			if !emit(e) {
 				return nil
+			}
+			select {
+			case c <- e:
+			case <-ctx.Done():
+				discard(e)
 			}
 		}
 	}
@@ -246,19 +263,22 @@ func (s *Stream[T]) forward(ctx context.Context, emit func(Event) bool) error {
 // [MountWatcher.Rescan]) go on working. A source that comes to its natural end,
 // is closed, or ends because its own context is done, leaves the others
 // running; the merged stream ends with the last. A source that fails ends the
-// merged stream, whose Err is then that source's.
+// merged stream at once, whose Err is then that source's.
 //
 // Each source costs one goroutine, and each event one more hand-over. A slow
 // consumer holds all sources back, and each does then what it says about slow
-// consumers. Merge panics when a source is nil.
+// consumers. A source that is given twice counts once. Merge panics when a
+// source is nil.
 func Merge(ctx context.Context, sources ...Source) *Stream[Event] {
+	distinct := make(map[any]Source, len(sources))
 	for _, s := range sources {
 		s.Err() // a nil source is found here, on the stack of who passed it
+		distinct[s.identity()] = s
 	}
-	return NewStream(ctx, func(ctx context.Context, emit func(Event) bool) error {
+	return newStream(ctx, 0, func(ctx context.Context, r *run[Event]) error {
 		group, ctx := errgroup.WithContext(ctx)
-		for _, s := range sources {
-			group.Go(func() error { return s.forward(ctx, emit) })
+		for _, s := range distinct {
+			group.Go(func() error { return s.forward(ctx, r.c) })
 		}
 		return group.Wait()
 	})

@@ -580,6 +580,54 @@ func TestMergeSourceFails(t *testing.T) {
 	}
 }
 
+// TestMergeFirstCauseWins: a source that fails ends the merged stream although
+// the consumer is busy, and no later cancel or Close hides its error.
+func TestMergeFirstCauseWins(t *testing.T) {
+	testenv.NoLeaks(t)
+	plain := errors.New("plain")
+	for _, later := range []string{"cancel", "Close"} {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		chatty := numbers(t.Context(), "chatty", 1_000_000_000, nil)
+		all := kernstream.Merge(ctx, chatty, numbers(t.Context(), "bad", 0, plain))
+		// Nobody receives from all; that chatty is closed shows the end.
+		for deadline := time.Now().Add(patience); chatty.Err() == nil && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			select {
+			case _, ok := <-chatty.C:
+				if !ok {
+					deadline = time.Time{}
+				}
+			default:
+			}
+		}
+		if later == "cancel" {
+			cancel(errCause)
+		} else {
+			all.Close()
+		}
+		if drain(t, all); all.Err() != plain {
+			t.Errorf("%s: Err is %v; want %v", later, all.Err(), plain)
+		}
+		cancel(nil)
+	}
+}
+
+// TestMergeTwice: a source that is given twice keeps its order.
+func TestMergeTwice(t *testing.T) {
+	testenv.NoLeaks(t)
+	s := numbers(t.Context(), "a", 20_000, nil)
+	last := 0
+	all := kernstream.Merge(t.Context(), s, s)
+	for e := range all.C {
+		if n := e.(*fakeEvent).Number; n != last+1 {
+			t.Fatalf("%d came after %d", n, last)
+		}
+		last++
+	}
+	if last != 20_000 {
+		t.Errorf("%d events", last)
+	}
+}
+
 // TestMergeEnds: cancel and Close end the merged stream with the right Err and
 // close every source, whether the consumer receives or not.
 func TestMergeEnds(t *testing.T) {

@@ -61,13 +61,14 @@ type MountChange struct{ Old, New Mount }
 // Unmounted lists them last. What came and went within one event is not
 // reported.
 //
-// The slices belong to the consumer; the strings in them are shared.
+// The lists belong to the consumer. What the mounts in them refer to (Optional
+// and Raw) is shared, and must not be changed.
 type MountEvent struct {
 	When time.Time
 
 	Initial   bool // the first event, whose Mounted is the whole table
 	Coalesced bool // two or more changes of the table in one: held by MountOptions.Coalesce, or for a slow consumer
-	Resync    bool // found by a rescan: nothing else told of (some of) it
+	Resync    bool // (some of) it was found by a rescan
 
 	Via MountVia // how it was found out
 
@@ -106,9 +107,9 @@ type MountOptions struct {
 	// PID is a process in whose mount namespace, and relative to whose root
 	// directory, the table is. 0 is the caller: the thread that calls, if that
 	// has a namespace or root of its own. The table is the one that the process
-	// has at the time of the call; a later chroot(2) or setns(2) of the process
-	// does not count, a pivot_root(2) does. Any user may read it as long as
-	// /proc shows the process.
+	// has at the time of the call: a later chroot(2) or setns(2) of the process
+	// does not count, but the first pivot_root(2) after it shows where it has
+	// its root then. Any user may read it as long as /proc shows the process.
 	PID int
 
 	// Namespace is an open /proc/PID/ns/mnt, or a file that one was bound
@@ -118,8 +119,10 @@ type MountOptions struct {
 
 	// Filter tells which mounts to report. A mount that changes so that it
 	// does not pass any more is reported as unmounted, one that changes so
-	// that it does as mounted. It is called once for each state of a mount, on
-	// the library's goroutine, must not block and must not change the mount.
+	// that it does as mounted. It is called once for each state of a mount: by
+	// Mounts and WatchMounts for the first table, and on the library's goroutine
+	// from then on. It must not block, nor wait for the stream (as Close does),
+	// nor change the mount.
 	Filter func(*Mount) bool
 
 	// NoInitial leaves out the first event, which has the whole table.
@@ -129,22 +132,22 @@ type MountOptions struct {
 	// about. 0 is never; [MountWatcher.Rescan] does it once. They are: changes
 	// of propagation by mount(2), reconfiguration by fsconfig(2), a remount
 	// in another mount namespace, a file system that turns read-only after an
-	// error, renaming a directory above a mount point, deleting what a bind
-	// mount shows, and a change of root directory. A rescan costs as much as
-	// [Mounts].
+	// error, renaming a directory above a mount point, and deleting what a bind
+	// mount shows. A rescan costs as much as [Mounts].
 	Rescan time.Duration
 
 	// Coalesce is asked how long to hold a change back, so that those which
 	// follow become one event with it. It is called for the change that opens
 	// such a window, not for those that follow, and never for the initial
 	// event. 0 delivers it at once. Otherwise it is delivered when nothing has
-	// changed for as long as Coalesce said, or when the window is MaxDelay old
-	// (or as old as Coalesce said, if that is more). The last state always
-	// arrives. Coalesce is called on the library's goroutine, must not block,
-	// and must not keep the event.
+	// changed for as long as Coalesce said, or when the window is MaxDelay old.
+	// The last state always arrives. Coalesce is called on the library's
+	// goroutine; it must not block, nor wait for the stream (as Close does), nor
+	// keep the event.
 	Coalesce func(*MountEvent) time.Duration
 
-	// MaxDelay bounds a window while changes go on. 0 is one second.
+	// MaxDelay bounds a window, however long changes go on. 0 is one second,
+	// or what Coalesce said, if that is more.
 	MaxDelay time.Duration
 
 	// Via asks for one way to follow the table. The constructor fails if that
@@ -163,14 +166,21 @@ func CoalesceFor(d time.Duration) func(*MountEvent) time.Duration {
 }
 
 // SplitOptions splits [Mount.Options] or [Mount.SuperOptions] at the commas and
-// decodes the octal escapes of each part, in which a comma may be one.
+// decodes the octal escapes of each part, in which a comma may be one. A value
+// in double quotes (an SELinux context with commas) is one part, and loses them.
 func SplitOptions(options string) []string {
-	if options == "" {
-		return nil
-	}
-	list := strings.Split(options, ",")
-	for i, option := range list {
-		list[i] = procfs.Unescape(option)
+	var list []string
+	for options != "" {
+		var option string
+		key, value, quoted := strings.Cut(options, `="`)
+		if end := strings.IndexByte(value, '"'); quoted && end >= 0 && !strings.Contains(key, ",") &&
+			(end == len(value)-1 || value[end+1] == ',') {
+			option = key + "=" + value[:end]
+			options = strings.TrimPrefix(value[end+1:], ",")
+		} else {
+			option, options, _ = strings.Cut(options, ",")
+		}
+		list = append(list, procfs.Unescape(option))
 	}
 	return list
 }
@@ -188,7 +198,7 @@ func Mounts(options *MountOptions) ([]Mount, error) {
 	if options == nil {
 		options = &MountOptions{}
 	}
-	target, err := newMountTarget(options, false)
+	target, err := newMountTarget(options)
 	if err != nil {
 		return nil, err
 	}
@@ -198,11 +208,11 @@ func Mounts(options *MountOptions) ([]Mount, error) {
 		return nil, err
 	}
 	defer unix.Close(fd)
-	text, err := readMountinfo(context.Background(), fd, nil)
+	mounts, err := snapshot(fd, options.Filter)
 	if err != nil {
 		return nil, target.failed(err)
 	}
-	return parseMounts(text, options.Filter), nil
+	return mounts, nil
 }
 
 // A MountWatcher is a stream of the changes of one mount table.
@@ -217,16 +227,18 @@ type MountWatcher struct {
 //
 // A slow consumer loses no change, but the steps in between: what happens while
 // an event waits to be received is merged into it. An event costs what reading
-// the table costs (see [Mounts]); while nothing changes, the watcher costs two
-// goroutines, and no time.
+// the table costs (see [Mounts]). Under changes without pause the watcher reads
+// half of the time at most, and the event comes later by as long as a read takes.
+// While nothing changes, it costs two goroutines (three with a PID) and no time.
 //
 // The stream ends with a nil Err when the process of [MountOptions.PID] ends.
 // It keeps the namespace alive until then, or until it is closed. While it
-// runs, it holds an open file in /proc, which refers to the root directory: the
-// old root of a pivot_root(2) is busy until the watcher has seen that.
+// runs, it holds open files in /proc, which is busy therefore, and which refer
+// to the root directory: the old root of a pivot_root(2) is busy until the
+// watcher has seen that.
 //
 // Options may be nil. Errors are those of [Mounts], and EMFILE or ENFILE when
-// descriptors have run out; it takes two, three with a PID or a Namespace.
+// descriptors have run out; it takes three, four with a PID.
 func WatchMounts(ctx context.Context, options *MountOptions) (*MountWatcher, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)

@@ -23,11 +23,16 @@ type mountPair struct{ old, new *Mount }
 // number for all states of one mount, and greater for mounts that are listed
 // later. Neither old nor new is changed afterwards by anybody.
 func (d *mountDelta) change(lineage uint64, old, new *Mount) {
-	if known, ok := d.changes[lineage]; ok {
+	known, pending := d.changes[lineage]
+	if pending {
 		old = known.old
 	}
+	same := old == new || old != nil && new != nil && old.equal(new)
+	if same && !pending {
+		return // the filter lets neither through, say
+	}
 	d.touched = true
-	if old == new || old != nil && new != nil && old.equal(new) {
+	if same {
 		delete(d.changes, lineage)
 		return
 	}

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -54,11 +55,17 @@ func (m *Mount) label() string {
 	if m.Raw != nil {
 		return "unreadable row " + strconv.Quote(string(m.Raw))
 	}
-	point := m.MountPoint
-	if strings.ContainsAny(point, " \t\n\"") || !utf8.ValidString(point) {
-		point = strconv.Quote(point)
+	return oneWord(m.MountPoint) + "(" + oneWord(m.FSType) + ")"
+}
+
+// oneWord returns s, quoted if it has spaces, quotes, control characters or
+// bytes that are not text.
+func oneWord(s string) string {
+	odd := func(r rune) bool { return r == '"' || unicode.IsSpace(r) || !unicode.IsPrint(r) }
+	if !utf8.ValidString(s) || strings.ContainsFunc(s, odd) {
+		return strconv.Quote(s)
 	}
-	return point + "(" + m.FSType + ")"
+	return s
 }
 
 // MarshalJSON returns the event as one JSON object, the one that kernstream
@@ -80,7 +87,7 @@ func (e *MountEvent) MarshalJSON() ([]byte, error) {
 }
 
 // MarshalJSON returns the mount in the form that it has in an event.
-func (m *Mount) MarshalJSON() ([]byte, error) { return marshal(newJSONMount(m)) }
+func (m Mount) MarshalJSON() ([]byte, error) { return marshal(newJSONMount(&m)) }
 
 // marshal is json.Marshal, but leaves <, > and & in paths as they are.
 func marshal(v any) ([]byte, error) {
@@ -146,7 +153,7 @@ func newJSONMount(m *Mount) jsonMount {
 		MountInfoParentID: m.MountInfoParentID,
 	}
 	if m.Raw != nil {
-		j.Row, j.RowRaw = string(m.Raw), m.Raw
+		j.Row, j.RowRaw = string(m.Raw), notText(string(m.Raw))
 		return j
 	}
 	j.jsonMountFields = &jsonMountFields{

@@ -19,8 +19,10 @@ type mountSource interface {
 	// wake gets a token when look may find something.
 	wake() <-chan struct{}
 
-	// ended is closed when the namespace has come to its end.
+	// ended is closed when the namespace has come to its end; over looks
+	// whether that has happened, without waiting.
 	ended() <-chan struct{}
+	over() bool
 
 	// look adds to d what changed since the last look: everything, the first
 	// time. With rescan it looks at what wakes nobody, too. The error is
@@ -41,12 +43,18 @@ type mountLoop struct {
 	rescan   <-chan struct{}
 	every    time.Duration // between rescans
 	coalesce func(*MountEvent) time.Duration
-	maxDelay time.Duration
-	initial  bool // the event to deliver next is the initial one
+	maxDelay time.Duration // 0: the default
+	initial  bool          // the event to deliver next is the initial one
 
 	delta mountDelta
 	when  time.Time   // of the look that changed it last
 	event *MountEvent // made of delta; nil: not made yet
+
+	// After a look as long as the look took, nothing is looked at because of a
+	// wake, so that a storm of changes leaves half of the time to those who
+	// make them. The first change after a pause is looked at at once.
+	rest    *time.Timer
+	resting bool
 
 	// While a window is open, the delta is held until quiet has passed
 	// without a change, at the latest until limit.
@@ -64,23 +72,26 @@ func newMountLoop(options *MountOptions, source mountSource, rescan <-chan struc
 		maxDelay: options.MaxDelay,
 		initial:  !options.NoInitial,
 	}
-	if l.maxDelay <= 0 {
-		l.maxDelay = defaultMaxDelay
-	}
 	return l
 }
 
 // begin arms the source and takes the table from which the changes count. When
 // it returns an error, the source is closed.
 func (l *mountLoop) begin(ctx context.Context) error {
+	begun := false
+	defer func() {
+		if !begun { // by an error, or a panic of the filter
+			l.source.close()
+		}
+	}()
 	l.source.start()
 	if err := l.look(ctx, false); err != nil {
-		l.source.close()
 		return err
 	}
 	if !l.initial {
 		l.delta.reset()
 	}
+	begun = true
 	return nil
 }
 
@@ -96,8 +107,7 @@ func (l *mountLoop) run(ctx context.Context, c chan<- *MountEvent) error {
 	}
 	defer release()
 
-	l.window = time.NewTimer(0)
-	l.window.Stop()
+	l.window, l.rest = stoppedTimer(), stoppedTimer()
 	var ticks <-chan time.Time
 	if l.every > 0 {
 		ticker := time.NewTicker(l.every)
@@ -110,14 +120,23 @@ func (l *mountLoop) run(ctx context.Context, c chan<- *MountEvent) error {
 			out = c
 			l.makeEvent()
 		}
+		wake := l.source.wake()
+		if l.resting {
+			wake = nil
+		}
 		var err error
 		select {
 		case <-ctx.Done():
 			err = ctx.Err()
 		case out <- l.event:
 			l.delivered()
-		case <-l.source.wake():
+		case <-wake:
+			begin := time.Now()
 			err = l.update(ctx, false)
+			l.resting = true
+			l.rest.Reset(time.Since(begin))
+		case <-l.rest.C:
+			l.resting = false
 		case <-l.rescan:
 			err = l.update(ctx, true)
 		case <-ticks:
@@ -125,7 +144,11 @@ func (l *mountLoop) run(ctx context.Context, c chan<- *MountEvent) error {
 		case <-l.window.C:
 			l.quiet = 0
 		case <-l.source.ended():
-			// What is known is still delivered, but holds up nothing else.
+			// What the process did last is still delivered, but holds up
+			// nothing else.
+			if err := l.look(ctx, false); isOpError(err) {
+				return err
+			}
 			release()
 			return l.flush(ctx, c)
 		}
@@ -135,15 +158,18 @@ func (l *mountLoop) run(ctx context.Context, c chan<- *MountEvent) error {
 	}
 }
 
+// stoppedTimer returns a timer to be set by Reset.
+func stoppedTimer() *time.Timer {
+	t := time.NewTimer(time.Hour)
+	t.Stop()
+	return t
+}
+
 // ending is what the stream ends with when err came up. The natural end, if it
 // has been there already, goes before a cancel that hid it.
 func (l *mountLoop) ending(err error) error {
-	select {
-	case <-l.source.ended():
-		if !isOpError(err) {
-			return io.EOF
-		}
-	default:
+	if !isOpError(err) && l.source.over() {
+		return io.EOF
 	}
 	return err
 }
@@ -196,7 +222,11 @@ func (l *mountLoop) update(ctx context.Context, rescan bool) error {
 	case before == 0 && l.coalesce != nil && !l.initial:
 		l.makeEvent()
 		if l.quiet = max(0, l.coalesce(l.event)); l.quiet > 0 {
-			l.limit = time.Now().Add(max(l.quiet, l.maxDelay))
+			limit := l.maxDelay
+			if limit <= 0 {
+				limit = max(l.quiet, defaultMaxDelay)
+			}
+			l.limit = time.Now().Add(limit)
 			l.hold()
 		}
 		l.event = nil // the user's function may have changed it

@@ -87,14 +87,25 @@ func (f *fakeTable) via() MountVia          { return ViaMountinfo }
 func (f *fakeTable) start()                 {}
 func (f *fakeTable) wake() <-chan struct{}  { return f.tokens }
 func (f *fakeTable) ended() <-chan struct{} { return f.end }
-func (f *fakeTable) close()                 { f.closed++ }
+
+func (f *fakeTable) over() bool {
+	select {
+	case <-f.end:
+		return true
+	default:
+		return false
+	}
+}
+
+func (f *fakeTable) close() { f.closed++ }
 
 func (f *fakeTable) look(ctx context.Context, rescan bool, d *mountDelta) error {
 	f.mu.Lock()
+	lookTime := f.lookTime
+	f.mu.Unlock()
+	time.Sleep(lookTime) // without the lock: a bubble does not know it
+	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.lookTime > 0 {
-		time.Sleep(f.lookTime)
-	}
 	f.looks++
 	if rescan {
 		f.rescans++
@@ -370,7 +381,8 @@ func TestMountLoopMaxDelay(t *testing.T) {
 	for _, test := range []struct{ coalesce, maxDelay, want time.Duration }{
 		{3 * time.Millisecond, 0, time.Second},
 		{3 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond},
-		{200 * time.Millisecond, 50 * time.Millisecond, 200 * time.Millisecond},
+		{200 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond},
+		{2 * time.Second, 0, 2 * time.Second},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			f := newFakeTable("/")
@@ -477,6 +489,78 @@ func TestMountLoopRescan(t *testing.T) {
 		finish(t, w, f)
 		w.Rescan() // legal after the end
 	})
+}
+
+// TestMountLoopRests: after a look because of a wake, the loop rests for as long
+// as that took, so that a storm leaves half of the time to those who make it.
+// The consumer and a rescan do not wait for that, and the last state arrives.
+func TestMountLoopRests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTable("/")
+		a := f.put("/a")
+		w := f.watch(t.Context(), MountOptions{})
+		expect(t, w, " +/ +/a initial")
+		f.mu.Lock()
+		f.lookTime = 20 * time.Millisecond
+		f.mu.Unlock()
+		// A change after a pause is looked at at once.
+		f.remount(a, "first")
+		time.Sleep(20 * time.Millisecond)
+		expect(t, w, " ~/a=first")
+		looks := f.looks
+		f.remount(a, "second")
+		time.Sleep(30 * time.Millisecond)
+		expect(t, w, "none")
+		time.Sleep(10 * time.Millisecond)
+		expect(t, w, " ~/a=second")
+		for i := range 1000 {
+			f.token()
+			time.Sleep(time.Millisecond)
+			if i == 500 {
+				f.put("/b")
+				w.Rescan()
+			}
+			received(w)
+		}
+		if n := f.looks - looks; n < 20 || n > 30 {
+			t.Errorf("%d looks of 20 ms in a second of wakes; want about 25", n)
+		}
+		f.remount(a, "last")
+		time.Sleep(time.Second)
+		expect(t, w, " ~/a=last")
+		finish(t, w, f)
+	})
+}
+
+// TestMountDeltaUntouched: what the filter lets through neither before nor
+// after is no change, and leaves no flag.
+func TestMountDeltaUntouched(t *testing.T) {
+	var d mountDelta
+	d.change(1, nil, nil)
+	if d.looked(true) || d.resync || d.merged != 0 {
+		t.Errorf("the delta is %+v; want it untouched", d)
+	}
+	m := Mount{MountPoint: "/"}
+	d.change(2, nil, &m)
+	d.looked(false)
+	d.change(1, nil, nil)
+	if d.looked(true) || d.resync || d.merged != 1 {
+		t.Errorf("the delta is %+v; want one look in it", d)
+	}
+}
+
+// TestDropRepeated: of mounts with one ID the last stays; rows that show no ID
+// all stay.
+func TestDropRepeated(t *testing.T) {
+	m := func(id uint32, point string) Mount { return Mount{MountInfoID: id, MountPoint: point} }
+	got := dropRepeated([]Mount{m(1, "/"), m(2, "/old"), m(0, "x"), m(3, "/c"), m(2, "/new"), m(0, "y")})
+	points := ""
+	for _, m := range got {
+		points += " " + m.MountPoint
+	}
+	if points != " / x /c /new y" {
+		t.Errorf("left are%s", points)
+	}
 }
 
 // TestMountLoopNaturalEnd: at the end of the namespace what is known is still

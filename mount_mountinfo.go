@@ -1,13 +1,15 @@
 package kernstream
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream/internal/procfs"
 	"github.com/kernstream/kernstream/poller"
@@ -21,47 +23,71 @@ import (
 // The other is polled by hand, before and after it is read: a change in
 // between means that the text is not of one moment.
 
-// mountinfoTries is how often a text that changed while it was read is read
-// again. Under changes without end every read is such a text; the last one is
-// then taken, since every change brings another read anyway.
-const mountinfoTries = 3
+// A text that changed while it was read (a torn one) has each mount that stayed
+// exactly once, and may have one that came or went twice or not at all.
 
-// readMountinfo reads the mountinfo file fd into buf.
-func readMountinfo(ctx context.Context, fd int, buf []byte) ([]byte, error) {
+// snapshotTries is how often a snapshot is taken again when it is torn.
+const snapshotTries = 10
+
+// snapshot reads and decodes the mountinfo file fd.
+func snapshot(fd int, filter func(*Mount) bool) ([]Mount, error) {
+	buf := make([]byte, snapshotBuffer)
 	for try := 1; ; try++ {
 		if _, err := procfs.MountsChanged(fd); err != nil {
-			return buf, err
+			return nil, err
 		}
-		text, err := procfs.ReadAll(fd, buf, ctx.Err)
-		buf = text
+		mounts, err := readMounts(fd, buf, filter)
 		if err != nil {
-			return buf, err
+			return nil, err
 		}
 		changed, err := procfs.MountsChanged(fd)
 		if err != nil || !changed {
-			return buf, err
+			return mounts, err
 		}
-		if try == mountinfoTries {
-			return procfs.DropRepeated(buf), nil
+		if try == snapshotTries {
+			return dropRepeated(mounts), nil
 		}
 	}
 }
 
-// parseMounts decodes a whole table.
-func parseMounts(text []byte, filter func(*Mount) bool) []Mount {
+// snapshotBuffer holds several of the pages that the kernel hands out at a
+// time, so that rows are decoded while they are in the processor's cache.
+const snapshotBuffer = 32 << 10
+
+// snapshotRows is how many rows the last snapshot had. The next will have about
+// as many.
+var snapshotRows atomic.Int64
+
+func readMounts(fd int, buf []byte, filter func(*Mount) bool) ([]Mount, error) {
 	var parser procfs.MountInfoParser
-	mounts := make([]Mount, 0, bytes.Count(text, []byte{'\n'}))
-	for len(text) > 0 {
-		line, rest, _ := bytes.Cut(text, []byte{'\n'})
-		text = rest
+	mounts := make([]Mount, 0, snapshotRows.Load())
+	err := procfs.ReadRows(fd, buf, func(line []byte) {
 		row := string(line)
 		info, err := parser.Parse(row)
 		mounts = append(mounts, mountOf(&info, row, err))
 		if filter != nil && !filter(&mounts[len(mounts)-1]) {
 			mounts = mounts[:len(mounts)-1]
 		}
+	})
+	snapshotRows.Store(int64(len(mounts) + len(mounts)/64))
+	return mounts, err
+}
+
+// dropRepeated removes the mounts whose ID comes again: the kernel had given it
+// to the next mount.
+func dropRepeated(mounts []Mount) []Mount {
+	last := make(map[uint32]int, len(mounts))
+	for i := range mounts {
+		last[mounts[i].MountInfoID] = i
 	}
-	return mounts
+	kept := mounts[:0]
+	for i := range mounts {
+		// An ID of 0 is of a row that shows none.
+		if id := mounts[i].MountInfoID; id == 0 || last[id] == i {
+			kept = append(kept, mounts[i])
+		}
+	}
+	return kept
 }
 
 // mountOf returns the Mount of a row.
@@ -93,6 +119,12 @@ type mountinfoSource struct {
 	reading *poller.Descriptor // is read
 	table   procfs.MountTable
 	text    []byte // the last one read, for its memory
+
+	// stale is set while the files may be of an old root directory, and could
+	// not be opened again.
+	stale bool
+	retry *time.Timer
+	begun bool // a first look was taken
 
 	tokens  chan struct{}
 	end     chan struct{} // closed when the process has ended
@@ -135,8 +167,10 @@ func (s *mountinfoSource) wake() <-chan struct{} { return s.tokens }
 
 func (s *mountinfoSource) ended() <-chan struct{} { return s.end }
 
+func (s *mountinfoSource) over() bool { return s.target.exited() }
+
 func (s *mountinfoSource) start() {
-	s.wait(s.waiting)
+	s.arm(s.waiting)
 	if s.target.process == nil {
 		return
 	}
@@ -150,17 +184,30 @@ func (s *mountinfoSource) start() {
 	})
 }
 
-// wait passes on what wakes the file. It stays inside one Wait for the life of
-// the file: each entry would erase a change that came before it. Whether there
-// is one cannot be asked, for asking would acknowledge it, so each look counts
-// as a change; reading the table finds out.
-func (s *mountinfoSource) wait(file *poller.File) {
+// arm lets what wakes the file be followed by a token. What happens after arm
+// has returned is not missed.
+//
+// The goroutine stays inside one Wait for the life of the file: each entry
+// would erase a change that came before it. Whether there is one cannot be
+// asked, for asking would acknowledge it, so each call of check counts as one.
+// The first does not: it says that the waiting has begun.
+func (s *mountinfoSource) arm(file *poller.File) {
+	armed := make(chan struct{})
+	begun := sync.OnceFunc(func() { close(armed) })
 	s.waiters.Go(func() {
+		defer begun()
+		first := true
 		s.fail(file.Wait(func(int) (bool, error) {
-			s.token()
+			if first {
+				first = false
+				begun()
+			} else {
+				s.token()
+			}
 			return false, nil
 		}))
 	})
+	<-armed
 }
 
 func (s *mountinfoSource) token() {
@@ -180,6 +227,9 @@ func (s *mountinfoSource) fail(err error) {
 }
 
 func (s *mountinfoSource) close() {
+	if s.retry != nil {
+		s.retry.Stop()
+	}
 	s.waiting.Close()
 	s.reading.Close()
 	s.target.close()
@@ -194,33 +244,59 @@ func (s *mountinfoSource) look(ctx context.Context, _ bool, d *mountDelta) error
 	if err != nil {
 		return err
 	}
-	if s.table.Rows() != nil && movesRoot(diff) {
-		if diff, err = s.reopen(ctx, diff); err != nil {
+	if !s.begun || s.stale || movesRoot(diff) {
+		if diff, err = s.reopen(ctx, diff); diff == nil {
 			return err
 		}
 	}
+	s.begun = true
 	s.table.Commit(diff)
 	s.report(diff, d)
 	return nil
 }
 
+// tornRetry is how long a read may have taken that is repeated because its text
+// is torn. A longer one would be torn again by the same storm, and slow it down:
+// the kernel changes no table while somebody reads it. What tore the text has
+// left a token, so there is another look anyway.
+const tornRetry = time.Millisecond
+
 func (s *mountinfoSource) compare(ctx context.Context, file *poller.Descriptor) (*procfs.MountDiff, error) {
-	text, err := readMountinfo(ctx, file.FD(), s.text)
-	s.text = text
-	if err != nil {
-		if ctx.Err() != nil {
+	for {
+		begin := time.Now()
+		torn, err := s.read(ctx, file.FD())
+		switch {
+		case err != nil && ctx.Err() != nil:
 			return nil, ctx.Err()
+		case err != nil:
+			return nil, s.target.failed(err)
+		case torn && time.Since(begin) < tornRetry:
+			continue
+		case torn:
+			s.text = procfs.DropRepeated(s.text)
 		}
-		return nil, s.target.failed(err)
+		return s.table.Compare(s.text), nil
 	}
-	return s.table.Compare(text), nil
 }
 
-// movesRoot tells whether the root directory of the process may be another one
-// since the open files were opened. They keep the one of that time: after
-// pivot_root(2) they show the table as seen from the old root, and no row at
-// all when that is unmounted. A change of what is mounted on / always shows in
-// a row of /, since the old root has got another parent.
+// read reads the file fd into s.text, and tells whether it changed meanwhile.
+func (s *mountinfoSource) read(ctx context.Context, fd int) (torn bool, err error) {
+	if _, err := procfs.MountsChanged(fd); err != nil {
+		return false, err
+	}
+	if s.text, err = procfs.ReadAll(fd, s.text, ctx.Err); err != nil {
+		return false, err
+	}
+	return procfs.MountsChanged(fd)
+}
+
+// The open files keep the root directory that the process had when they were
+// opened: after pivot_root(2) they show the table as seen from the old root, and
+// no row at all once that is unmounted. So they are opened again when the table
+// shows that this may have happened.
+
+// movesRoot tells whether the process may have got another root directory by
+// pivot_root. The mount that was its root has then got another parent.
 func movesRoot(diff *procfs.MountDiff) bool {
 	if diff.Empty() {
 		return false
@@ -228,34 +304,86 @@ func movesRoot(diff *procfs.MountDiff) bool {
 	if len(diff.Rows) == 0 {
 		return true
 	}
-	isRoot := func(row *procfs.MountRow) bool { return row.MountPoint == "/" }
-	return slices.ContainsFunc(diff.Gone, isRoot) || slices.ContainsFunc(diff.New, isRoot) ||
-		slices.ContainsFunc(diff.Changed, func(c procfs.RowChange) bool { return isRoot(c.Old) || isRoot(c.New) })
+	return slices.ContainsFunc(diff.Gone, isRoot) || slices.ContainsFunc(diff.Changed, func(c procfs.RowChange) bool {
+		return isRoot(c.Old) && c.Old.ParentID != c.New.ParentID
+	})
 }
 
-// reopen opens the files again and compares once more. The text that gave rise
-// to it was read after pivot_root had let go of the table, so the process has
-// its root by now.
+func isRoot(row *procfs.MountRow) bool { return row.MountPoint == "/" }
+
+// sameRoot tells whether two texts show the same mounts on /.
+func sameRoot(a, b *procfs.MountDiff) bool {
+	roots := func(diff *procfs.MountDiff) (rows []string) {
+		for _, row := range diff.Rows {
+			if isRoot(row) {
+				rows = append(rows, row.Raw)
+			}
+		}
+		return rows
+	}
+	return slices.Equal(roots(a), roots(b))
+}
+
+const (
+	reopenTries = 5                      // pivot_root follows on pivot_root
+	reopenRetry = 100 * time.Millisecond // no descriptor was free
+)
+
+// reopen opens the files again and compares once more, until what is on / is
+// what the text before showed. pivot_root changes the root directory of the
+// process while it holds the table, so a text that was read after that belongs
+// to files that may have been opened in the middle of it, but the next one does
+// not. Right at the start that is the only sign that there is.
 //
-// It returns old, and leaves the files as they are, when they cannot be opened
-// (the thread or process is gone, no descriptor is free) or show another
-// namespace, which the process has entered since.
+// It returns nil if nothing can be said: the files are of an old root, and no
+// others can be had yet.
 func (s *mountinfoSource) reopen(ctx context.Context, old *procfs.MountDiff) (*procfs.MountDiff, error) {
-	waiting, reading, err := s.open()
-	if err != nil {
-		return old, nil
+	for range reopenTries {
+		waiting, reading, err := s.open()
+		if err != nil {
+			return s.reopenLater(old, err), nil
+		}
+		s.arm(waiting)
+		diff, err := s.compare(ctx, reading)
+		// With no mount in common, the process has gone to another namespace.
+		elsewhere := err == nil && diff.Kept == 0 && len(diff.Rows) > 0 && len(s.table.Rows()) > 0
+		if err != nil || elsewhere {
+			waiting.Close()
+			reading.Close()
+			s.stale = false
+			if err != nil || len(old.Rows) == 0 {
+				return nil, err
+			}
+			return old, nil
+		}
+		s.waiting.Close()
+		s.reading.Close()
+		s.waiting, s.reading = waiting, reading
+		settled := sameRoot(old, diff)
+		if old = diff; settled {
+			break
+		}
 	}
-	diff, err := s.compare(ctx, reading)
-	if err != nil || diff.Kept == 0 && len(diff.Rows) > 0 {
-		waiting.Close()
-		reading.Close()
-		return old, err
+	s.stale = false
+	return old, nil
+}
+
+// reopenLater returns what to make of old when the files could not be opened
+// again because of err.
+func (s *mountinfoSource) reopenLater(old *procfs.MountDiff, err error) *procfs.MountDiff {
+	isAny := func(errnos ...error) bool {
+		return slices.ContainsFunc(errnos, func(errno error) bool { return errors.Is(err, errno) })
 	}
-	s.waiting.Close()
-	s.reading.Close()
-	s.waiting, s.reading = waiting, reading
-	s.wait(waiting)
-	return diff, nil
+	s.stale = isAny(unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOSPC)
+	if s.stale {
+		s.retry = time.AfterFunc(reopenRetry, s.token)
+	}
+	// For good (the thread or process is gone), the old view is all there is.
+	// But that nothing is left is never said by files of an old root.
+	if len(old.Rows) == 0 && s.begun || s.stale && movesRoot(old) && s.begun {
+		return nil
+	}
+	return old
 }
 
 // report adds diff to d, as far as the filter lets it.

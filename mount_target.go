@@ -1,14 +1,17 @@
 package kernstream
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream/internal/mntns"
+	"github.com/kernstream/kernstream/internal/procfs"
 	"github.com/kernstream/kernstream/poller"
 )
 
@@ -20,95 +23,133 @@ type mountTarget struct {
 	name      string             // in errors
 	proc      *poller.Descriptor // the directory of the process in /proc, or
 	namespace *poller.Descriptor // the mount namespace
-	process   *poller.File       // a pidfd that becomes readable when the process ends; may be nil
+	other     bool               // the process is one that was asked for by its ID
+	process   *poller.File       // its pidfd, which becomes readable when it ends; may be nil
 }
 
-// newMountTarget finds the table that options ask for. With watch it also
-// prepares to learn the end of the process.
-func newMountTarget(options *MountOptions, watch bool) (*mountTarget, error) {
+// newMountTarget finds the table that options ask for.
+func newMountTarget(options *MountOptions) (*mountTarget, error) {
 	switch {
 	case options.Namespace != nil && options.PID != 0:
 		return nil, mountError("open", "", errors.New("PID and Namespace are both set"))
 	case options.Namespace != nil:
 		return newNamespaceTarget(options.Namespace)
 	case options.PID < 0:
-		return nil, mountError("open", "process "+strconv.Itoa(options.PID), unix.EINVAL)
+		return nil, mountError("open", processName(options.PID), unix.EINVAL)
 	case options.PID > 0:
-		return newProcessTarget(options.PID, watch)
+		return newProcessTarget(options.PID)
 	}
-	return newProcTarget(ownProc())
+	t := &mountTarget{}
+	return t, t.openProc(ownProc())
 }
+
+func processName(pid int) string { return "process " + strconv.Itoa(pid) }
 
 // ownProc returns the directory in /proc of the caller. Threads of a Go program
 // come and go, so it is the one of the whole process, unless the calling
-// thread left the others' namespace or root directory.
+// thread has left the others' root directory or namespace.
 func ownProc() string {
 	const process, thread = "/proc/self", "/proc/thread-self"
 	pid, tid := unix.Getpid(), unix.Gettid()
 	if pid == tid {
 		return process
 	}
+	// A thread has to part with the others' file-system context before it can
+	// enter another mount namespace.
+	const kcmpFS = 3
+	differ, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(pid), uintptr(tid), kcmpFS, 0, 0, 0)
+	switch {
+	case errno == 0 && differ == 0:
+		return process
+	case errno == 0:
+		return thread
+	}
+	// kcmp(2) is left out of some kernels, and of some sandboxes. A thread
+	// that has a root of its own in the same namespace is then taken for one of
+	// the others.
 	theirs, err := os.Readlink(process + "/ns/mnt")
 	ours, err2 := os.Readlink(thread + "/ns/mnt")
 	if err != nil || err2 != nil || ours != theirs {
 		return thread
 	}
-	// kcmp(2) is left out of some kernels; a thread with a root of its own
-	// is then taken for one of the others.
-	const kcmpFS = 3
-	differ, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(pid), uintptr(tid), kcmpFS, 0, 0, 0)
-	if errno == 0 && differ != 0 {
-		return thread
-	}
 	return process
 }
 
-func newProcTarget(dir string) (*mountTarget, error) {
-	t := &mountTarget{name: dir + "/mountinfo"}
+// openProc opens the directory dir of the process in /proc.
+func (t *mountTarget) openProc(dir string) error {
+	t.name = dir + "/mountinfo"
 	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, t.failed(os.NewSyscallError("open", err))
+		return t.failed(os.NewSyscallError("open", err))
 	}
 	t.proc = poller.Own(fd)
+	return nil
+}
+
+func newProcessTarget(pid int) (_ *mountTarget, err error) {
+	t := &mountTarget{name: processName(pid), other: true}
+	defer func() {
+		if err != nil {
+			t.close()
+		}
+	}()
+	fd, err := unix.PidfdOpen(pid, 0)
+	switch call := os.NewSyscallError("pidfd_open", err); {
+	case err == unix.EPERM || err == unix.ENOSYS:
+		// A sandbox forbids it. The end of the process is not noticed then.
+		return t, t.openProc("/proc/" + strconv.Itoa(pid))
+	case err == unix.ESRCH:
+		return nil, mountError("pidfd_open", t.name, goneError(call))
+	case err == unix.EINVAL || err == unix.ENOENT:
+		return nil, mountError("pidfd_open", t.name, fmt.Errorf("not a process, perhaps a thread of one: %w", call))
+	case err != nil:
+		return nil, mountError("pidfd_open", t.name, call)
+	}
+	if t.process, err = poller.New(fd, t.name); err != nil {
+		return nil, t.failed(err)
+	}
+	// /proc may number processes otherwise than this process does.
+	number, err := t.number()
+	if err != nil {
+		return nil, t.failed(err)
+	}
+	if err := t.openProc("/proc/" + strconv.Itoa(number)); err != nil {
+		return nil, err
+	}
+	// If the process still runs, the directory is its, and not a later one's.
+	if t.exited() {
+		return nil, mountError("open", t.name, goneError(os.NewSyscallError("open", unix.ESRCH)))
+	}
 	return t, nil
 }
 
-func newProcessTarget(pid int, watch bool) (*mountTarget, error) {
-	if !watch {
-		return newProcTarget("/proc/" + strconv.Itoa(pid))
-	}
-	// The pidfd first: if its process still runs once the directory is open,
-	// the directory is that process's.
-	object := "process " + strconv.Itoa(pid)
-	fd, err := unix.PidfdOpen(pid, 0)
-	switch {
-	case err == unix.ESRCH:
-		return nil, mountError("pidfd_open", object, goneError(err))
-	case err == unix.EINVAL || err == unix.ENOENT:
-		return nil, mountError("pidfd_open", object, fmt.Errorf("not a process, perhaps a thread of one: %w", err))
-	case err != nil:
-		return nil, mountError("pidfd_open", object, os.NewSyscallError("pidfd_open", err))
-	}
-	process, err := poller.New(fd, object)
-	if err != nil {
-		return nil, mountError("epoll_ctl", object, err)
-	}
-	t, err := newProcTarget("/proc/" + strconv.Itoa(pid))
-	if err != nil {
-		process.Close()
-		return nil, err
-	}
-	t.process = process
+// number returns the ID that the process has in /proc.
+func (t *mountTarget) number() (pid int, err error) {
+	cerr := t.process.Control(func(fd int) {
+		var text []byte
+		if text, err = os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(fd)); err != nil {
+			return
+		}
+		var ok bool
+		switch pid, ok = procfs.PidfdPID(text); {
+		case !ok:
+			err = fmt.Errorf("no process ID in the fdinfo %q of a pidfd", text)
+		case pid < 0:
+			err = os.NewSyscallError("open", unix.ESRCH)
+		case pid == 0:
+			err = errors.New("/proc is of a process ID namespace that does not have the process")
+		}
+	})
+	return pid, cmp.Or(cerr, err)
+}
+
+// exited tells whether the process has ended, as far as that can be known.
+func (t *mountTarget) exited() bool {
 	exited := false
-	if err := process.Control(func(fd int) { exited, err = pidfdExited(fd) }); err != nil {
-		t.close()
-		return nil, mountError("poll", object, err)
+	if t.process != nil {
+		t.process.Control(func(fd int) { exited, _ = pidfdExited(fd) })
 	}
-	if err != nil || exited {
-		t.close()
-		return nil, mountError("open", t.name, goneError(unix.ESRCH))
-	}
-	return t, nil
+	return exited
 }
 
 // pidfdExited tells whether the process of a pidfd has ended.
@@ -129,18 +170,20 @@ func newNamespaceTarget(namespace *os.File) (*mountTarget, error) {
 		return nil, t.failed(err)
 	}
 	own, kind := -1, 0
+	call := "ioctl"
 	cerr := conn.Control(func(fd uintptr) {
 		if kind, err = unix.IoctlRetInt(int(fd), unix.NS_GET_NSTYPE); err == nil {
+			call = "fcntl"
 			own, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
 		}
 	})
-	switch {
+	switch err = os.NewSyscallError(call, err); {
 	case cerr != nil:
 		return nil, t.failed(os.ErrClosed)
-	case own < 0 && (err == unix.ENOTTY || err == unix.EINVAL):
+	case err != nil && call == "ioctl":
 		return nil, t.failed(fmt.Errorf("not a namespace: %w", err))
 	case err != nil:
-		return nil, t.failed(os.NewSyscallError("fcntl", err))
+		return nil, t.failed(err)
 	}
 	t.namespace = poller.Own(own)
 	if kind != unix.CLONE_NEWNS {
@@ -189,18 +232,20 @@ func (t *mountTarget) failed(err error) error {
 	if call, ok := errors.AsType[*os.SyscallError](err); ok {
 		op = call.Syscall
 	}
+	missing := errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH)
+	tableless := op == "openat" && errors.Is(err, unix.EINVAL) // a zombie, say
 	switch {
 	case t.namespace != nil && errors.Is(err, unix.EPERM):
 		err = fmt.Errorf("%w: entering the namespace needs CAP_SYS_ADMIN over it, and CAP_SYS_CHROOT", err)
-	case t.namespace == nil && (errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH)):
-		if _, statErr := os.Stat("/proc/self"); statErr != nil {
-			err = fmt.Errorf("%w: is /proc mounted?", err)
-			break
-		}
+	case !t.other && missing:
+		err = fmt.Errorf("%w: is /proc mounted?", err)
+	case !t.other || !missing && !tableless:
+	case t.process == nil || t.exited():
 		err = goneError(err)
-	case t.namespace == nil && errors.Is(err, unix.EINVAL):
-		// A zombie has no mount table.
-		err = goneError(err)
+	case missing:
+		err = fmt.Errorf("%w: the process runs, but /proc does not show it (mount option hidepid): %w", fs.ErrPermission, err)
+	default:
+		err = fmt.Errorf("%w: the main thread of the process has ended, and its mount table with it", err)
 	}
 	return mountError(op, t.name, err)
 }
@@ -220,7 +265,7 @@ func newMountSource(options *MountOptions) (mountSource, error) {
 	default:
 		return nil, mountError("watch", "", fmt.Errorf("unknown MountVia %d", options.Via))
 	}
-	target, err := newMountTarget(options, true)
+	target, err := newMountTarget(options)
 	if err != nil {
 		return nil, err
 	}

@@ -30,7 +30,6 @@ import (
 func TestParityM1InitialEvent(t *testing.T) {
 	testenv.NoLeaks(t)
 	dir := labDir(t)
-	testenv.Feature(t, "mount table", "mountinfo")
 	for i := range testenv.SoakN(200) {
 		point := filepath.Join(dir, fmt.Sprint(i))
 		if err := os.Mkdir(point, 0o755); err != nil {
@@ -199,6 +198,11 @@ func TestParityM7SetupErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	closed.Close()
+	device, err := os.Open("/dev/urandom")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer device.Close()
 	uts, err := os.Open("/proc/self/ns/uts")
 	if err != nil {
 		t.Fatal(err)
@@ -216,11 +220,12 @@ func TestParityM7SetupErrors(t *testing.T) {
 		{name: "negative", options: kernstream.MountOptions{PID: -1}, want: syscall.EINVAL, text: "process -1"},
 		{name: "not a namespace", options: kernstream.MountOptions{Namespace: regular}, text: "not a namespace"},
 		{name: "another namespace", options: kernstream.MountOptions{Namespace: uts}, want: syscall.EINVAL, text: "not a mount namespace"},
+		{name: "device", options: kernstream.MountOptions{Namespace: device}, text: "not a namespace"},
 		{name: "closed", options: kernstream.MountOptions{Namespace: closed}, want: os.ErrClosed, text: "/proc/self/ns/mnt"},
 		{name: "both", options: kernstream.MountOptions{Namespace: uts, PID: 1}, text: "PID and Namespace"},
 		{name: "fanotify", options: kernstream.MountOptions{Via: kernstream.ViaFanotify}, want: errors.ErrUnsupported, text: "fanotify", watch: true},
 		{name: "unknown", options: kernstream.MountOptions{Via: 77}, text: "77", watch: true},
-		{name: "thread", options: kernstream.MountOptions{PID: otherThread(t)}, text: "thread", watch: true},
+		{name: "thread", options: kernstream.MountOptions{PID: otherThread(t)}, text: "thread"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			check := func(who string, err error) {
@@ -314,7 +319,7 @@ func TestMountOutOfDescriptors(t *testing.T) {
 		for _, fd := range fill {
 			unix.Close(fd)
 		}
-		if room < 4 && (w != nil || !errors.Is(err, unix.EMFILE)) {
+		if room < 3 && (w != nil || !errors.Is(err, unix.EMFILE)) {
 			t.Errorf("with %d descriptors left: %v, %v; want EMFILE", room, w, err)
 		}
 		if w != nil {
@@ -425,6 +430,7 @@ func TestMountFilter(t *testing.T) {
 func TestMountOfProcess(t *testing.T) {
 	testenv.NoLeaks(t)
 	dir := labDir(t)
+	testenv.Feature(t, "mount table of a process", "mountinfo, pidfd")
 	a := newAgent(t, unix.CLONE_NEWNS)
 	options := &kernstream.MountOptions{PID: a.PID}
 	l := &lab{t: t, dir: dir}
@@ -453,6 +459,7 @@ func TestMountOfProcess(t *testing.T) {
 func TestMountOfNamespace(t *testing.T) {
 	testenv.NoLeaks(t)
 	dir := labDir(t)
+	testenv.Feature(t, "mount table of a namespace file", "setns, mountinfo")
 	a := newAgent(t, unix.CLONE_NEWNS)
 	file, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", a.PID))
 	if err != nil {
@@ -610,6 +617,100 @@ func init() {
 	})
 }
 
+// TestMountHiddenProcess: a process that runs but is not shown by /proc is not
+// said to be gone.
+func TestMountHiddenProcess(t *testing.T) {
+	testenv.NeedRoot(t, "another user")
+	testenv.NeedMounts(t)
+	testenv.NoLeaks(t)
+	cmd := testenv.Child(t, "hidden", fmt.Sprint(os.Getpid()))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}
+	if out, err := cmd.Output(); err != nil || string(out) != "true false hidepid\n" {
+		t.Errorf("%v: %s; want a permission error that says why", err, out)
+	}
+}
+
+func init() {
+	testenv.RegisterChild("hidden", func(args []string) int {
+		var pid int
+		fmt.Sscan(args[0], &pid)
+		if err := unix.Mount("proc", "/proc", "proc", 0, "hidepid=2"); err != nil {
+			fmt.Println(err)
+			return 1
+		}
+		// Group 0 would see all processes.
+		if err := errors.Join(syscall.Setgroups(nil), syscall.Setresgid(65534, 65534, 65534), syscall.Setresuid(65534, 65534, 65534)); err != nil {
+			fmt.Println(err)
+			return 1
+		}
+		_, err := kernstream.Mounts(&kernstream.MountOptions{PID: pid})
+		if err == nil || !strings.Contains(err.Error(), "hidepid") {
+			fmt.Println(err)
+			return 1
+		}
+		fmt.Println(errors.Is(err, fs.ErrPermission), errors.Is(err, os.ErrProcessDone), "hidepid")
+		return 0
+	})
+}
+
+// TestMountLeaderless: a process whose main thread has ended is not said to be
+// gone, although it has no mount table any more.
+func TestMountLeaderless(t *testing.T) {
+	testenv.NoLeaks(t)
+	cmd := testenv.Child(t, "leaderless")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	if _, err := out.Read(make([]byte, 8)); err != nil {
+		t.Fatal(err)
+	}
+	waitForZombie(t, cmd.Process.Pid)
+	_, err = kernstream.Mounts(&kernstream.MountOptions{PID: cmd.Process.Pid})
+	if err == nil || errors.Is(err, os.ErrProcessDone) || !strings.Contains(err.Error(), "main thread") {
+		t.Errorf("Mounts returned %v; want an error about the main thread", err)
+	}
+}
+
+func init() {
+	testenv.RegisterChild("leaderless", func([]string) int {
+		go func() {
+			runtime.LockOSThread()
+			fmt.Println("ready")
+			unix.Nanosleep(&unix.Timespec{Sec: 60}, nil)
+		}()
+		time.Sleep(50 * time.Millisecond)
+		syscall.RawSyscall(syscall.SYS_EXIT, 0, 0, 0) // the main thread alone
+		return 0
+	})
+}
+
+// TestMountFilterPanics: when the filter panics, the caller of WatchMounts may
+// recover, and nothing is left of the watcher.
+func TestMountFilterPanics(t *testing.T) {
+	testenv.NeedMounts(t)
+	testenv.NoLeaks(t)
+	options := &kernstream.MountOptions{Filter: func(*kernstream.Mount) bool { panic("odd") }}
+	for _, call := range []func(){
+		func() { kernstream.WatchMounts(t.Context(), options) },
+		func() { kernstream.Mounts(options) },
+	} {
+		func() {
+			defer func() {
+				if recover() != "odd" {
+					t.Error("the panic did not reach the caller")
+				}
+			}()
+			call()
+		}()
+	}
+}
+
 // TestMountTwoWatchers: watchers in one process do not take each other's
 // events.
 func TestMountTwoWatchers(t *testing.T) {
@@ -678,6 +779,9 @@ func TestSplitOptions(t *testing.T) {
 		"rw":                            {"rw"},
 		`rw,lowerdir=/a\054b:/c\040d`:   {"rw", "lowerdir=/a,b:/c d"},
 		`k=v=w,k=v,x\134y,\9,lowerdir+`: {"k=v=w", "k=v", `x\y`, `\9`, "lowerdir+"},
+		`rw,context="u:r:t:s0:c1,c2",x`: {"rw", "context=u:r:t:s0:c1,c2", "x"},
+		`rw,context="u:r:t:s0:c1,c2"`:   {"rw", "context=u:r:t:s0:c1,c2"},
+		`lowerdir=/a"b,x="y,z`:          {`lowerdir=/a"b`, `x="y`, "z"},
 	} {
 		if got := kernstream.SplitOptions(text); !slices.Equal(got, want) {
 			t.Errorf("SplitOptions(%q) is %q; want %q", text, got, want)
@@ -712,6 +816,10 @@ func TestMountEventJSON(t *testing.T) {
 	if text := strings.ReplaceAll(string(got), `\ufffd`, "\ufffd"); text != want {
 		t.Errorf("got  %s\nwant %s", text, want)
 	}
+	value, err := json.Marshal(e.Mounted[0])
+	if err != nil || !strings.Contains(string(value), `"mount_point_raw":"L/88Jj4="`) {
+		t.Errorf("a Mount is %s, %v", value, err)
+	}
 	var any map[string]any
 	whole, err := json.Marshal(e)
 	if err != nil || json.Unmarshal(whole, &any) != nil {
@@ -731,6 +839,7 @@ func TestMountEventString(t *testing.T) {
 		},
 		"mounts coalesced resync: ~/a(tmpfs)":                        {Coalesced: true, Resync: true, Changed: []kernstream.MountChange{{New: m("/a")}}},
 		"mounts initial: 5 mounted, 0 unmounted, 0 moved, 0 changed": {Initial: true, Mounted: make([]kernstream.Mount, 5)},
+		`mounts: +"/a\r\x1b"("fu\nse")`:                              {Mounted: []kernstream.Mount{{MountPoint: "/a\r\x1b", FSType: "fu\nse"}}},
 		`mounts: +unreadable row "odd\n"`:                            {Mounted: []kernstream.Mount{{Raw: []byte("odd\n")}}},
 	} {
 		if got := e.String(); got != want {

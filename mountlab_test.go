@@ -46,6 +46,7 @@ func newLab(t testing.TB, options *kernstream.MountOptions) *lab {
 // labDir returns the path of a new tmpfs.
 func labDir(t testing.TB) string {
 	t.Helper()
+	testenv.NeedMounts(t)
 	dir := t.TempDir()
 	mount(t, "lab", dir, "tmpfs", 0, "")
 	mount(t, "", dir, "", unix.MS_PRIVATE, "")
@@ -197,9 +198,14 @@ func (l *lab) quiet(why string) {
 	}
 }
 
-// rescan lets the watcher look at what woke nobody and returns what it found.
-func (l *lab) rescan() *kernstream.MountEvent {
+// silently runs f, which changes the table without a wake, and returns what a
+// rescan finds of it. why is why nobody is told.
+func (l *lab) silently(why string, f func()) *kernstream.MountEvent {
 	l.t.Helper()
+	// A look that is still pending would find the change, too.
+	l.quiet("nothing has happened yet")
+	f()
+	l.quiet(why)
 	l.w.Rescan()
 	e := l.receive()
 	if !e.Resync {
@@ -440,6 +446,10 @@ func obey(words []string) (text string, err error) {
 	case "change root": // as containers do: pivot_root, and the old root is gone
 		if err = unix.PivotRoot(word(1), word(2)); err == nil {
 			err = unix.Unmount("/"+filepath.Base(word(2)), unix.MNT_DETACH)
+		}
+	case "mount and exit": // source, target, type
+		if err = unix.Mount(word(1), word(2), word(3), 0, ""); err == nil {
+			os.Exit(0)
 		}
 	case "unshare": // the mount namespace
 		if err = unix.Unshare(unix.CLONE_FS); err == nil {

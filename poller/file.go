@@ -37,7 +37,13 @@ import (
 )
 
 // descriptors holds the stack that made each open File and Descriptor.
-var descriptors = pprof.NewProfile("kernstream.descriptors")
+var descriptors = func() *pprof.Profile {
+	const name = "kernstream.descriptors"
+	if p := pprof.Lookup(name); p != nil {
+		return p // of another version of this package in the same program
+	}
+	return pprof.NewProfile(name)
+}()
 
 // longAgo is a deadline that has passed.
 var longAgo = time.Unix(1, 0)

@@ -130,10 +130,10 @@ func TestSetPartialDrain(t *testing.T) {
 	quiet(t, s)
 }
 
-// TestSetExitOfProcess: a pidfd in a Set reports the end of a process, and its
-// being reaped as a second edge where the kernel has one.
+// TestSetExitOfProcess: a pidfd in a Set reports the end of a process, once.
 func TestSetExitOfProcess(t *testing.T) {
 	testenv.NoLeaks(t)
+	testenv.Feature(t, "exit of a process in a Set", "pidfd")
 	s := newSet(t)
 	cmd := exec.Command("/bin/sh", "-c", "read x; exit 3")
 	stdin, err := cmd.StdinPipe()
@@ -152,11 +152,31 @@ func TestSetExitOfProcess(t *testing.T) {
 	if got := next(t, s, 8); len(got) != 1 || got[0].Events&unix.EPOLLIN == 0 {
 		t.Fatalf("Wait reported %+v; want the exit", got)
 	}
+	quiet(t, s)
 	cmd.Wait()
-	if testenv.KernelAtLeast(6, 9) {
-		if got := next(t, s, 8); len(got) != 1 || got[0].Events&unix.EPOLLHUP == 0 {
-			t.Fatalf("Wait reported %+v; want EPOLLHUP for the reaping", got)
-		}
+}
+
+// TestSetReapingOfProcess: being reaped is another edge of the pidfd.
+func TestSetReapingOfProcess(t *testing.T) {
+	testenv.NeedKernel(t, 6, 9, "EPOLLHUP of a pidfd")
+	testenv.NoLeaks(t)
+	testenv.Feature(t, "reaping of a process in a Set", "pidfd, EPOLLHUP")
+	s := newSet(t)
+	cmd := exec.Command("/bin/true")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.PidfdOpen(cmd.Process.Pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	add(t, s, fd, "process")
+	if got := next(t, s, 8); len(got) != 1 || got[0].Events&unix.EPOLLHUP != 0 {
+		t.Fatalf("Wait reported %+v; want the exit alone", got)
+	}
+	cmd.Wait()
+	if got := next(t, s, 8); len(got) != 1 || got[0].Events&unix.EPOLLHUP == 0 {
+		t.Fatalf("Wait reported %+v; want EPOLLHUP for the reaping", got)
 	}
 	quiet(t, s)
 }

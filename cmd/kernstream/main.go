@@ -7,6 +7,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -57,7 +58,14 @@ type environment struct {
 	stdout io.Writer
 	stderr io.Writer
 	color  bool // stdout is a terminal that shows colours
+
+	// exit ends the process, for a command that cannot end by itself: nobody
+	// reads what it writes.
+	exit func(status int)
 }
+
+// grace is how long a command may take to end once it is to.
+const grace = time.Second
 
 var (
 	errTimeout = errors.New("the time is up")
@@ -67,7 +75,7 @@ var (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	env := &environment{stdout: os.Stdout, stderr: os.Stderr, color: showsColors(os.Stdout)}
+	env := &environment{stdout: os.Stdout, stderr: os.Stderr, color: showsColors(os.Stdout), exit: os.Exit}
 	os.Exit(run(ctx, env, os.Args[1:]))
 }
 
@@ -137,15 +145,16 @@ func newFlags(env *environment, name, synopsis, help string) (*flag.FlagSet, *co
 // parse parses args, checks the common flags, and returns the context of the
 // command.
 func (c *common) parse(ctx context.Context, env *environment, flags *flag.FlagSet, args []string) (context.Context, context.CancelFunc, error) {
-	for _, arg := range args {
-		if arg == "-h" || arg == "-help" || arg == "--help" {
-			flags.SetOutput(env.stdout) // asked for, so it is no complaint
-		}
+	var said bytes.Buffer
+	flags.SetOutput(&said)
+	err := flags.Parse(args)
+	flags.SetOutput(env.stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		env.stdout.Write(said.Bytes()) // asked for, so it is no complaint
+		return nil, nil, err
 	}
-	if err := flags.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return nil, nil, err
-		}
+	if err != nil {
+		env.stderr.Write(said.Bytes())
 		return nil, nil, errUsage
 	}
 	switch {
@@ -153,12 +162,17 @@ func (c *common) parse(ctx context.Context, env *environment, flags *flag.FlagSe
 		return nil, nil, wrongUsage(flags, "-n must not be negative")
 	case c.timeout < 0:
 		return nil, nil, wrongUsage(flags, "-timeout must not be negative")
-	case c.timeout == 0:
-		ctx, cancel := context.WithCancel(ctx)
-		return ctx, cancel, nil
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout, errTimeout)
-	return ctx, cancel, nil
+	signals := ctx
+	ctx, cancel := context.WithCancel(ctx)
+	if c.timeout > 0 {
+		ctx, cancel = context.WithTimeoutCause(ctx, c.timeout, errTimeout)
+	}
+	stop := context.AfterFunc(ctx, func() {
+		time.Sleep(grace)
+		env.exit(exitStatus(signals, context.Cause(ctx)))
+	})
+	return ctx, func() { stop(); cancel() }, nil
 }
 
 // wrongUsage explains what is wrong with the arguments.

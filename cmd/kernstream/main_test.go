@@ -37,7 +37,7 @@ func init() {
 	testenv.RegisterChild("kernstream", func(args []string) int {
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 		defer stop()
-		return run(ctx, &environment{stdout: os.Stdout, stderr: os.Stderr, color: showsColors(os.Stdout)}, args)
+		return run(ctx, &environment{stdout: os.Stdout, stderr: os.Stderr, color: showsColors(os.Stdout), exit: os.Exit}, args)
 	})
 }
 
@@ -295,6 +295,7 @@ func TestStatus(t *testing.T) {
 		{"nothing", 2, `unknown command "nothing"`},
 		{"mounts extra", 2, `unexpected argument "extra"`},
 		{"mounts -bad", 2, "not defined: -bad"},
+		{"mounts -bad -h", 2, "not defined: -bad"},
 		{"mounts -n -1", 2, "-n must not be negative"},
 		{"mounts -timeout -1s", 2, "-timeout must not be negative"},
 		{"mounts -rescan -1s", 2, "must not be negative"},
@@ -358,6 +359,44 @@ func TestReaderGoesAway(t *testing.T) {
 	r.Close()
 	mountTmpfs(t, "x", t.TempDir())
 	wait(t, cmd)
+}
+
+// TestNobodyReads: a command whose output nobody takes can be ended all the same.
+func TestNobodyReads(t *testing.T) {
+	testenv.NeedMounts(t)
+	for _, test := range []struct {
+		signal syscall.Signal
+		args   []string
+		status int
+	}{
+		{syscall.SIGINT, nil, 0},
+		{syscall.SIGTERM, nil, 0},
+		{0, []string{"-timeout", "50ms"}, 3},
+	} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		// Nothing fits into a pipe that is full.
+		w.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
+		for err == nil {
+			_, err = w.Write(make([]byte, 4096))
+		}
+		cmd := testenv.Child(t, "kernstream", append([]string{"mounts"}, test.args...)...)
+		cmd.Stdout = w
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		w.Close()
+		if test.signal != 0 {
+			time.Sleep(300 * time.Millisecond)
+			cmd.Process.Signal(test.signal)
+		}
+		if status := wait(t, cmd); status != test.status {
+			t.Errorf("status %d after signal %d, %q; want %d", status, test.signal, test.args, test.status)
+		}
+	}
 }
 
 // TestMountsGolden: the form for people, with and without colours.
@@ -430,7 +469,7 @@ func TestColors(t *testing.T) {
 	}
 	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
 	if err != nil {
-		testenv.Missing(t, "needs a terminal: "+err.Error())
+		testenv.Missing(t, "needs a terminal", err)
 	}
 	defer terminal.Close()
 	t.Setenv("NO_COLOR", "")

@@ -480,7 +480,7 @@ func TestLiveSubtype(t *testing.T) {
 		testenv.NeedRoot(t, err.Error())
 	}
 	if err != nil {
-		testenv.Missing(t, "needs /dev/fuse: "+err.Error())
+		testenv.Missing(t, "needs /dev/fuse", err)
 	}
 	defer fuse.Close()
 	point := mkdir(t, dir, "fuse")

@@ -1,6 +1,7 @@
 package procfs
 
 import (
+	"bytes"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +30,40 @@ func ReadAll(fd int, buf []byte, step func() error) ([]byte, error) {
 		default:
 			buf = buf[:len(buf)+n]
 		}
+	}
+}
+
+// ReadRows reads the file fd from its start and calls use with each row, without
+// its line feed. buf is working memory; use must not keep what it gets.
+func ReadRows(fd int, buf []byte, use func(row []byte)) error {
+	held := 0 // bytes of a row whose end has not been read
+	for offset := int64(0); ; {
+		if len(buf)-held < minRead/4 {
+			buf = append(buf[:held], make([]byte, len(buf)+minRead)...)
+		}
+		n, err := unix.Pread(fd, buf[held:], offset)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return os.NewSyscallError("pread", err)
+		case n == 0:
+			if held > 0 {
+				use(buf[:held])
+			}
+			return nil
+		}
+		offset += int64(n)
+		text := buf[:held+n]
+		for {
+			end := bytes.IndexByte(text, '\n')
+			if end < 0 {
+				break
+			}
+			use(text[:end])
+			text = text[end+1:]
+		}
+		held = copy(buf, text)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -280,5 +281,38 @@ func TestMountsChangedFails(t *testing.T) {
 	unix.Close(high)
 	if got, err := procfs.MountsChanged(high); got || !isSyscall(err, "poll", unix.EBADF) {
 		t.Errorf("%t, %v, want poll: EBADF", got, err)
+	}
+}
+
+// TestReadRows: every row of a file is passed on whole and in order, however
+// the reads cut the file, one far longer than the buffer and one without a line
+// feed at the end of the file too. An error ends the reading.
+func TestReadRows(t *testing.T) {
+	rows := []string{"first", "", strings.Repeat("long ", 50_000), "short", strings.Repeat("x", 16<<10), "last"}
+	for i := range 2_000 {
+		rows = append(rows, strings.Repeat("y", i%100))
+	}
+	for _, end := range []string{"", "\n"} {
+		path := filepath.Join(t.TempDir(), "rows")
+		if err := os.WriteFile(path, []byte(strings.Join(rows, "\n")+"\nend"+end), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		file, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		for _, size := range []int{0, 1, 5000, 1 << 20} {
+			var got []string
+			if err := procfs.ReadRows(int(file.Fd()), make([]byte, size), func(row []byte) { got = append(got, string(row)) }); err != nil {
+				t.Fatal(err)
+			}
+			if want := append(slices.Clone(rows), "end"); !slices.Equal(got, want) {
+				t.Errorf("with a buffer of %d: %d rows, want %d", size, len(got), len(want))
+			}
+		}
+	}
+	if err := procfs.ReadRows(-1, nil, func([]byte) { t.Error("a row of nothing") }); !errors.Is(err, unix.EBADF) {
+		t.Errorf("ReadRows of a bad descriptor: %v, want EBADF", err)
 	}
 }

@@ -48,7 +48,17 @@ func MainInNamespace(m *testing.M) {
 }
 
 func startedByRoot() bool {
-	return os.Geteuid() == 0 && os.Getenv(namespaceVar) != "user"
+	return os.Geteuid() == 0 && os.Getenv(namespaceVar) != "user" && hasSysAdmin()
+}
+
+// hasSysAdmin tells whether the process has CAP_SYS_ADMIN.
+func hasSysAdmin() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		panic(err)
+	}
+	return data[0].Effective&(1<<unix.CAP_SYS_ADMIN) != 0
 }
 
 // reexec runs this test binary again in a private namespace, or without one
