@@ -228,8 +228,7 @@ type MountWatcher struct {
 // A slow consumer loses no change, but the steps in between: what happens while
 // an event waits to be received is merged into it. An event costs what reading
 // the table costs (see [Mounts]). Under changes without pause the watcher reads
-// half of the time at most, and the event comes later by as long as a read takes.
-// While nothing changes, it costs two goroutines (three with a PID) and no time.
+// half of the time, and an event comes later by as long as a read takes. While nothing changes, it costs two goroutines (three with a PID) and no time.
 //
 // The stream ends with a nil Err when the process of [MountOptions.PID] ends.
 // It keeps the namespace alive until then, or until it is closed. While it

@@ -50,9 +50,9 @@ type mountLoop struct {
 	when  time.Time   // of the look that changed it last
 	event *MountEvent // made of delta; nil: not made yet
 
-	// After a look as long as the look took, nothing is looked at because of a
-	// wake, so that a storm of changes leaves half of the time to those who
-	// make them. The first change after a pause is looked at at once.
+	// After a look during which there were more changes, the next one rests
+	// for as long as that took: a storm leaves half of the time to those who
+	// make it, since the kernel changes no table that is being read.
 	rest    *time.Timer
 	resting bool
 
@@ -133,8 +133,9 @@ func (l *mountLoop) run(ctx context.Context, c chan<- *MountEvent) error {
 		case <-wake:
 			begin := time.Now()
 			err = l.update(ctx, false)
-			l.resting = true
-			l.rest.Reset(time.Since(begin))
+			if l.resting = len(l.source.wake()) > 0; l.resting {
+				l.rest.Reset(time.Since(begin))
+			}
 		case <-l.rest.C:
 			l.resting = false
 		case <-l.rescan:

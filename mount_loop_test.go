@@ -491,9 +491,10 @@ func TestMountLoopRescan(t *testing.T) {
 	})
 }
 
-// TestMountLoopRests: after a look because of a wake, the loop rests for as long
-// as that took, so that a storm leaves half of the time to those who make it.
-// The consumer and a rescan do not wait for that, and the last state arrives.
+// TestMountLoopRests: after a look during which there were more changes, the
+// loop rests for as long as that took, so that a storm leaves half of the time
+// to those who make it. Other changes, the consumer and a rescan do not wait for
+// that, and the last state arrives.
 func TestMountLoopRests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeTable("/")
@@ -503,16 +504,23 @@ func TestMountLoopRests(t *testing.T) {
 		f.mu.Lock()
 		f.lookTime = 20 * time.Millisecond
 		f.mu.Unlock()
-		// A change after a pause is looked at at once.
+		// Changes after a look are looked at at once.
 		f.remount(a, "first")
 		time.Sleep(20 * time.Millisecond)
 		expect(t, w, " ~/a=first")
-		looks := f.looks
 		f.remount(a, "second")
-		time.Sleep(30 * time.Millisecond)
-		expect(t, w, "none")
+		time.Sleep(10 * time.Millisecond)
+		synctest.Wait()
+		// One during a look is not.
+		f.token()
 		time.Sleep(10 * time.Millisecond)
 		expect(t, w, " ~/a=second")
+		f.remount(a, "third")
+		time.Sleep(39 * time.Millisecond)
+		expect(t, w, "none")
+		time.Sleep(time.Millisecond)
+		expect(t, w, " ~/a=third")
+		looks := f.looks
 		for i := range 1000 {
 			f.token()
 			time.Sleep(time.Millisecond)

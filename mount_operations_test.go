@@ -63,6 +63,24 @@ func TestMountTmpfs(t *testing.T) {
 	})
 }
 
+// TestMountWithoutPrivilege: any process can read and follow its mount table.
+func TestMountWithoutPrivilege(t *testing.T) {
+	testenv.NoLeaks(t)
+	testenv.Feature(t, "mount table", "mountinfo")
+	mounts, err := kernstream.Mounts(nil)
+	if err != nil || len(mounts) == 0 {
+		t.Fatalf("Mounts returned %d mounts, %v", len(mounts), err)
+	}
+	w, err := kernstream.WatchMounts(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	if e := <-w.C; !e.Initial || len(e.Mounted) == 0 || e.Via != kernstream.ViaMountinfo {
+		t.Errorf("the first event is %v, via %v", e, e.Via)
+	}
+}
+
 // TestMountStacked: the same thing mounted on itself is another mount, whose
 // parent is the lower one; unmounting it leaves the lower one alone.
 func TestMountStacked(t *testing.T) {
