@@ -718,24 +718,38 @@ func TestMountLongRow(t *testing.T) {
 	})
 }
 
-// TestMountPivotRoot: pivot_root(2) is a Moved of the old root and of the new
-// one, and what happens afterwards is told relative to the new root. The old
-// one can be unmounted; what was under it is then Unmounted.
-func TestMountPivotRoot(t *testing.T) {
-	testenv.NoLeaks(t)
-	dir := labDir(t)
-	root := filepath.Join(dir, "root")
+// newRoot returns a directory that has what a root directory needs: a place for
+// the old one, and one to mount on.
+func newRoot(t testing.TB) string {
+	t.Helper()
+	root := filepath.Join(labDir(t), "root")
 	for _, d := range []string{root, filepath.Join(root, "old"), filepath.Join(root, "sub")} {
 		if err := os.Mkdir(d, 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
+	return root
+}
+
+// newContainer returns an agent in a namespace of its own that can make root
+// its root directory, and the options to follow it.
+func newContainer(t testing.TB, root string) (*agent, *kernstream.MountOptions) {
+	t.Helper()
+	a := newAgent(t, unix.CLONE_NEWNS)
+	a.do("mount", root, root, "", fmt.Sprint(unix.MS_BIND))
+	return a, &kernstream.MountOptions{PID: a.PID}
+}
+
+// TestMountPivotRoot: pivot_root(2) is a Moved of the old root and of the new
+// one, and what happens afterwards is told relative to the new root. The old
+// one can be unmounted; what was under it is then Unmounted.
+func TestMountPivotRoot(t *testing.T) {
+	testenv.NoLeaks(t)
+	root := newRoot(t)
 	for _, from := range []string{"inside", "outside"} {
 		t.Run(from, func(t *testing.T) {
 			testenv.NoLeaks(t)
-			a := newAgent(t, unix.CLONE_NEWNS)
-			a.do("mount", root, root, "", fmt.Sprint(unix.MS_BIND))
-			target := &kernstream.MountOptions{PID: a.PID}
+			a, target := newContainer(t, root)
 			var events func() *kernstream.MountEvent
 			if from == "inside" {
 				a.do("watch")
@@ -801,17 +815,9 @@ func TestMountPivotRoot(t *testing.T) {
 // read empty because they belong to the old root.
 func TestMountChangeRoot(t *testing.T) {
 	testenv.NoLeaks(t)
-	dir := labDir(t)
-	root := filepath.Join(dir, "root")
-	for _, d := range []string{root, filepath.Join(root, "old"), filepath.Join(root, "sub")} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
+	root := newRoot(t)
 	for range testenv.SoakN(20) {
-		a := newAgent(t, unix.CLONE_NEWNS)
-		a.do("mount", root, root, "", fmt.Sprint(unix.MS_BIND))
-		target := &kernstream.MountOptions{PID: a.PID}
+		a, target := newContainer(t, root)
 		l := &lab{t: t, dir: root}
 		l.watch(t.Context(), target)
 		a.do("change root", root, filepath.Join(root, "old"))
@@ -830,17 +836,9 @@ func TestMountChangeRoot(t *testing.T) {
 // same.
 func TestMountChangeRootWhileStarting(t *testing.T) {
 	testenv.NoLeaks(t)
-	dir := labDir(t)
-	root := filepath.Join(dir, "root")
-	for _, d := range []string{root, filepath.Join(root, "old"), filepath.Join(root, "sub")} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
+	root := newRoot(t)
 	for range testenv.SoakN(40) {
-		a := newAgent(t, unix.CLONE_NEWNS)
-		a.do("mount", root, root, "", fmt.Sprint(unix.MS_BIND))
-		target := &kernstream.MountOptions{PID: a.PID}
+		a, target := newContainer(t, root)
 		l := &lab{t: t, dir: root}
 		done := make(chan struct{})
 		go func() {
@@ -865,16 +863,8 @@ func TestMountChangeRootWhileStarting(t *testing.T) {
 // up by itself when there are descriptors.
 func TestMountChangeRootOutOfDescriptors(t *testing.T) {
 	testenv.NoLeaks(t)
-	dir := labDir(t)
-	root := filepath.Join(dir, "root")
-	for _, d := range []string{root, filepath.Join(root, "old")} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	a := newAgent(t, unix.CLONE_NEWNS)
-	a.do("mount", root, root, "", fmt.Sprint(unix.MS_BIND))
-	target := &kernstream.MountOptions{PID: a.PID}
+	root := newRoot(t)
+	a, target := newContainer(t, root)
 	l := &lab{t: t, dir: root}
 	l.watch(t.Context(), target)
 	var limit unix.Rlimit
