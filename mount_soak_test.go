@@ -25,7 +25,7 @@ func TestMountSoak(t *testing.T) {
 	dir := labDir(t)
 	const (
 		watchers   = 3
-		rounds     = 20
+		rounds     = 40
 		operations = 1250 // in each round
 	)
 	seed := rand.Uint64()
