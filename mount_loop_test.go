@@ -557,6 +557,38 @@ func TestMountDeltaUntouched(t *testing.T) {
 	}
 }
 
+// TestSettle: a torn text is read again, but not for ever, and not when that
+// takes long.
+func TestSettle(t *testing.T) {
+	for _, test := range []struct {
+		torn  []bool
+		takes time.Duration
+		fails bool
+		want  int
+	}{
+		{torn: []bool{false}, want: 1},
+		{torn: []bool{true, false}, want: 2},
+		{torn: []bool{true, true, true, true}, want: 3},
+		{torn: []bool{true, true}, takes: time.Millisecond, want: 1},
+		{torn: []bool{true, true}, fails: true, want: 1},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			n := 0
+			torn, err := settle(func() (bool, error) {
+				time.Sleep(test.takes)
+				n++
+				if test.fails {
+					return true, syscall.EIO
+				}
+				return test.torn[n-1], nil
+			})
+			if n != test.want || torn != test.torn[n-1] || (err != nil) != test.fails {
+				t.Errorf("%+v: %d reads, torn %v, %v", test, n, torn, err)
+			}
+		})
+	}
+}
+
 // TestDropRepeated: of mounts with one ID the last stays; rows that show no ID
 // all stay.
 func TestDropRepeated(t *testing.T) {

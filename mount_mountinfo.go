@@ -21,94 +21,7 @@ import (
 // Two open files are needed, because poll(2) on a mountinfo file acknowledges
 // the change that it reports, and the runtime's poller polls. One waits there.
 // The other is polled by hand, before and after it is read: a change in
-// between means that the text is not of one moment.
-
-// A text that changed while it was read (a torn one) has each mount that stayed
-// exactly once, and may have one that came or went twice or not at all.
-
-// snapshotTries is how often a snapshot is taken again when it is torn.
-const snapshotTries = 10
-
-// snapshot reads and decodes the mountinfo file fd.
-func snapshot(fd int, filter func(*Mount) bool) ([]Mount, error) {
-	buf := make([]byte, snapshotBuffer)
-	for try := 1; ; try++ {
-		if _, err := procfs.MountsChanged(fd); err != nil {
-			return nil, err
-		}
-		mounts, err := readMounts(fd, buf, filter)
-		if err != nil {
-			return nil, err
-		}
-		changed, err := procfs.MountsChanged(fd)
-		if err != nil || !changed {
-			return mounts, err
-		}
-		if try == snapshotTries {
-			return dropRepeated(mounts), nil
-		}
-	}
-}
-
-// snapshotBuffer holds several of the pages that the kernel hands out at a
-// time, so that rows are decoded while they are in the processor's cache.
-const snapshotBuffer = 32 << 10
-
-// snapshotRows is how many rows the last snapshot had. The next will have about
-// as many.
-var snapshotRows atomic.Int64
-
-func readMounts(fd int, buf []byte, filter func(*Mount) bool) ([]Mount, error) {
-	var parser procfs.MountInfoParser
-	mounts := make([]Mount, 0, snapshotRows.Load())
-	err := procfs.ReadRows(fd, buf, func(line []byte) {
-		row := string(line)
-		info, err := parser.Parse(row)
-		mounts = append(mounts, mountOf(&info, row, err))
-		if filter != nil && !filter(&mounts[len(mounts)-1]) {
-			mounts = mounts[:len(mounts)-1]
-		}
-	})
-	snapshotRows.Store(int64(len(mounts) + len(mounts)/64))
-	return mounts, err
-}
-
-// dropRepeated removes the mounts whose ID comes again: the kernel had given it
-// to the next mount.
-func dropRepeated(mounts []Mount) []Mount {
-	last := make(map[uint32]int, len(mounts))
-	for i := range mounts {
-		last[mounts[i].MountInfoID] = i
-	}
-	kept := mounts[:0]
-	for i := range mounts {
-		// An ID of 0 is of a row that shows none.
-		if id := mounts[i].MountInfoID; id == 0 || last[id] == i {
-			kept = append(kept, mounts[i])
-		}
-	}
-	return kept
-}
-
-// mountOf returns the Mount of a row.
-func mountOf(info *procfs.MountInfo, raw string, err error) Mount {
-	if err != nil {
-		return Mount{MountInfoID: info.ID, Raw: []byte(raw)}
-	}
-	return Mount{
-		MountInfoID:       info.ID,
-		MountInfoParentID: info.ParentID,
-		Major:             info.Major,
-		Minor:             info.Minor,
-		Root:              info.Root,
-		MountPoint:        info.MountPoint,
-		Options:           info.Options,
-		Optional:          info.Optional,
-		FSType:            info.FSType,
-		FSSource:          info.Source,
-		SuperOptions:      info.SuperOptions,
-	}
-}
+// between means that the text is not of one moment: it is torn.
 
 // mountinfoSource is the mountSource of [ViaMountinfo].
 type mountinfoSource struct {
@@ -255,28 +168,32 @@ func (s *mountinfoSource) look(ctx context.Context, _ bool, d *mountDelta) error
 	return nil
 }
 
-// tornRetry is how long a read may have taken that is repeated because its text
-// is torn. A longer one would be torn again by the same storm, and slow it down:
-// the kernel changes no table while somebody reads it. What tore the text has
-// left a token, so there is another look anyway.
-const tornRetry = time.Millisecond
-
 func (s *mountinfoSource) compare(ctx context.Context, file *poller.Descriptor) (*procfs.MountDiff, error) {
-	for {
-		begin := time.Now()
-		torn, err := s.read(ctx, file.FD())
-		switch {
-		case err != nil && ctx.Err() != nil:
-			return nil, ctx.Err()
-		case err != nil:
-			return nil, s.target.failed(err)
-		case torn && time.Since(begin) < tornRetry:
-			continue
-		case torn:
-			s.text = procfs.DropRepeated(s.text)
-		}
-		return s.table.Compare(s.text), nil
+	torn, err := settle(func() (bool, error) { return s.read(ctx, file.FD()) })
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil, ctx.Err()
+	case err != nil:
+		return nil, s.target.failed(err)
+	case torn:
+		s.text = procfs.DropRepeated(s.text)
 	}
+	return s.table.Compare(s.text), nil
+}
+
+// settle reads until the text is not torn: three times at most, and not again
+// after a read of a millisecond. That would be torn again by the same storm, and
+// slow it down, for the kernel changes no table while somebody reads it. What
+// tore the text has left a token, so there is another look anyway.
+func settle(read func() (torn bool, err error)) (torn bool, err error) {
+	for range 3 {
+		begin := time.Now()
+		torn, err = read()
+		if !torn || err != nil || time.Since(begin) >= time.Millisecond {
+			break
+		}
+	}
+	return torn, err
 }
 
 // read reads the file fd into s.text, and tells whether it changed meanwhile.

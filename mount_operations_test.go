@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -647,6 +648,38 @@ func TestMountComesAndGoes(t *testing.T) {
 		if len(e.Mounted) != len(e.Unmounted) {
 			t.Errorf("%d mounted, %d unmounted", len(e.Mounted), len(e.Unmounted))
 		}
+	})
+}
+
+// TestMountStorm: in the middle of a storm that tears every read, what is
+// mounted is told, and at its end the table is right.
+func TestMountStorm(t *testing.T) {
+	overWays(t, func(t *testing.T, l *lab) {
+		stop := make(chan struct{})
+		var storm sync.WaitGroup
+		for i := range 4 {
+			dir := l.mkdir(fmt.Sprint("storm", i))
+			storm.Go(func() {
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+						unix.Mount("storm", dir, "tmpfs", 0, "")
+						unix.Unmount(dir, 0)
+					}
+				}
+			})
+		}
+		for i := range 20 {
+			point := l.mkdir(fmt.Sprint("m", i))
+			mount(t, "calm", point, "ramfs", 0, "")
+			l.until(&kernstream.MountEvent{}, func(e *kernstream.MountEvent) bool {
+				return slices.ContainsFunc(e.Mounted, func(m kernstream.Mount) bool { return m.MountPoint == point })
+			})
+		}
+		close(stop)
+		storm.Wait()
 	})
 }
 
