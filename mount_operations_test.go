@@ -19,7 +19,15 @@ import (
 	"github.com/kernstream/kernstream/internal/testenv"
 )
 
-// What a consumer sees of each thing that can happen to a mount table.
+// What a consumer sees of each thing that can happen to a mount table, on each
+// way to follow one.
+//
+// Not here, because mountinfo has no part in them: what fanotify marks,
+// listmount(2) and statmount(2) allow to whom. The end of the last reference to a
+// namespace does not come while a watcher has its mountinfo open: that it
+// holds the namespace is part of TestMountOfNamespace, and that a process's end
+// ends the stream of TestMountOfProcess. What poll(2) and epoll(7) report of a
+// mountinfo file is tested in internal/procfs.
 
 // ways lists the ways to follow a mount table that must tell the same story.
 var ways = []kernstream.MountVia{kernstream.ViaMountinfo}
@@ -356,6 +364,12 @@ func TestMountDetached(t *testing.T) {
 			t.Fatal(err)
 		}
 		l.quiet("a detached copy is in no namespace")
+		if testenv.KernelAtLeast(5, 12) {
+			if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}); err != nil {
+				t.Fatal(err)
+			}
+			l.quiet("it changed where nobody sees it")
+		}
 		fs, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
 		if err != nil {
 			t.Fatal(err)
