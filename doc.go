@@ -37,7 +37,8 @@
 //  6. Events of one source come in the kernel's order. Between sources there is
 //     no order. The time of an event is when it was read.
 //  7. Close may be called again, from any goroutine, and from the loop that
-//     receives. So may everything else that ends something.
+//     receives. So may everything else that ends something. Only a function
+//     that was given to the source must not wait for its end.
 //  8. An event that owns a descriptor has a method Close. What could not be
 //     delivered is closed here.
 //  9. A stream costs no thread. All waiting happens in the runtime's own poller
