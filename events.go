@@ -2,6 +2,7 @@ package kernstream
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -108,10 +109,15 @@ type run[T Event] struct {
 }
 
 func (r *run[T]) run(produce func(ctx context.Context, r *run[T]) error) {
-	err := error(&OpError{Op: "produce", Source: "stream", Err: fmt.Errorf("ended by runtime.Goexit")})
+	err := error(&OpError{Op: "produce", Source: "stream", Err: errors.New("ended by runtime.Goexit")})
 	// Deferred for the sake of a produce that calls runtime.Goexit, as
 	// testing's FailNow does: a consumer must not wait for ever.
 	defer func() {
+		// A panic goes on as it came. A consumer must not see an end, and
+		// leave before the runtime has told what happened.
+		if p := recover(); p != nil {
+			panic(p)
+		}
 		err, r.own = r.reason(err)
 		r.err.Store(&err)
 		if cancelled := r.ctx.Err() != nil; cancelled {
