@@ -268,6 +268,7 @@ func TestMountsRescanAndCoalesce(t *testing.T) {
 	if mounted := event["mounted"].([]any); len(mounted) != 2 || event["coalesced"] != true {
 		t.Errorf("the event is %v; want both mounts", event)
 	}
+	time.Sleep(100 * time.Millisecond) // a look that is pending would find it first
 	if err := unix.Mount("", a, "", unix.MS_SHARED, ""); err != nil {
 		t.Fatal(err)
 	}
