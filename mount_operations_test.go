@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -669,21 +668,9 @@ func TestMountComesAndGoes(t *testing.T) {
 // mounted is told, and at its end the table is right.
 func TestMountStorm(t *testing.T) {
 	overWays(t, func(t *testing.T, l *lab) {
-		stop := make(chan struct{})
-		var storm sync.WaitGroup
+		var calm []func()
 		for i := range 4 {
-			dir := l.mkdir(fmt.Sprint("storm", i))
-			storm.Go(func() {
-				for {
-					select {
-					case <-stop:
-						return
-					default:
-						unix.Mount("storm", dir, "tmpfs", 0, "")
-						unix.Unmount(dir, 0)
-					}
-				}
-			})
+			calm = append(calm, storm(l.mkdir(fmt.Sprint("storm", i))))
 		}
 		for i := range 20 {
 			point := l.mkdir(fmt.Sprint("m", i))
@@ -692,8 +679,9 @@ func TestMountStorm(t *testing.T) {
 				return slices.ContainsFunc(e.Mounted, func(m kernstream.Mount) bool { return m.MountPoint == point })
 			})
 		}
-		close(stop)
-		storm.Wait()
+		for _, f := range calm {
+			f()
+		}
 	})
 }
 

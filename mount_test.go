@@ -123,21 +123,7 @@ func TestParityM4Stop(t *testing.T) {
 func TestParityM6StopAndJoin(t *testing.T) {
 	testenv.NeedMounts(t)
 	dir := labDir(t)
-	stop := make(chan struct{})
-	var storm sync.WaitGroup
-	defer storm.Wait()
-	defer close(stop)
-	storm.Go(func() {
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				unix.Mount("storm", dir, "tmpfs", 0, "")
-				unix.Unmount(dir, 0)
-			}
-		}
-	})
+	defer storm(dir)()
 	descriptors := func() int {
 		entries, err := os.ReadDir("/proc/self/fd")
 		if err != nil {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -269,6 +270,27 @@ func umount(t testing.TB, target string, flags int) {
 	t.Helper()
 	if err := unix.Unmount(target, flags); err != nil {
 		t.Fatalf("umount %s: %v", target, err)
+	}
+}
+
+// storm mounts and unmounts on dir without a pause, until calm is called.
+func storm(dir string) (calm func()) {
+	stop := make(chan struct{})
+	var storm sync.WaitGroup
+	storm.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				unix.Mount("storm", dir, "tmpfs", 0, "")
+				unix.Unmount(dir, 0)
+			}
+		}
+	})
+	return func() {
+		close(stop)
+		storm.Wait()
 	}
 }
 
