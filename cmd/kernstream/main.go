@@ -166,7 +166,8 @@ func (c *common) parse(ctx context.Context, env *environment, flags *flag.FlagSe
 	signals := ctx
 	ctx, cancel := context.WithCancel(ctx)
 	if c.timeout > 0 {
-		ctx, cancel = context.WithTimeoutCause(ctx, c.timeout, errTimeout)
+		cancel() // of a context that is not needed
+		ctx, cancel = context.WithTimeoutCause(signals, c.timeout, errTimeout)
 	}
 	stop := context.AfterFunc(ctx, func() {
 		time.Sleep(grace)

@@ -4,7 +4,6 @@ package procfs
 
 import (
 	"errors"
-	"fmt"
 	"strings"
 )
 
@@ -148,13 +147,3 @@ func Unescape(s string) string {
 }
 
 func isOctal(c, highest byte) bool { return '0' <= c && c <= highest }
-
-// RowError is why a row could not be decoded.
-type RowError struct {
-	Row string
-	Err error
-}
-
-func (e *RowError) Error() string { return fmt.Sprintf("mountinfo row %.80q: %v", e.Row, e.Err) }
-
-func (e *RowError) Unwrap() error { return e.Err }

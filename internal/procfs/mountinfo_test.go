@@ -1,7 +1,6 @@
 package procfs_test
 
 import (
-	"errors"
 	"fmt"
 	"reflect"
 	"regexp"
@@ -310,17 +309,5 @@ func TestUnescape(t *testing.T) {
 		if escaped := fmt.Sprintf(`<\%03o>`, b); procfs.Unescape(escaped) != string([]byte{'<', byte(b), '>'}) {
 			t.Errorf("Unescape(%q) = %q", escaped, procfs.Unescape(escaped))
 		}
-	}
-}
-
-// TestRowError: the error has the reason in it, and of a long row the start.
-func TestRowError(t *testing.T) {
-	reason := errors.New("no reason")
-	err := error(&procfs.RowError{Row: "7 1\n" + strings.Repeat("x", 100_000), Err: reason})
-	if !errors.Is(err, reason) {
-		t.Error("the reason is not in the error")
-	}
-	if text := err.Error(); len(text) > 200 || !strings.HasPrefix(text, `mountinfo row "7 1\nxxx`) || !strings.HasSuffix(text, `": no reason`) {
-		t.Errorf("error %.200s", text)
 	}
 }

@@ -24,7 +24,7 @@ type MountTable struct {
 type MountRow struct {
 	MountInfo
 	Raw string // the row as the kernel wrote it, without its line feed
-	Err error  // why Raw could not be decoded, a *RowError; MountInfo is then incomplete
+	Err error  // why Raw could not be decoded; MountInfo is then incomplete
 
 	// Seq is the same for all rows of one mount, and greater for mounts that
 	// appeared later.
@@ -197,10 +197,7 @@ func (t *MountTable) isNew(d *MountDiff, row *MountRow) {
 
 func (t *MountTable) parse(line []byte) *MountRow {
 	row := &MountRow{Raw: string(line)}
-	var err error
-	if row.MountInfo, err = t.parser.Parse(row.Raw); err != nil {
-		row.Err = &RowError{Row: row.Raw, Err: err}
-	}
+	row.MountInfo, row.Err = t.parser.Parse(row.Raw)
 	_, row.hasID = leadingID(line)
 	return row
 }

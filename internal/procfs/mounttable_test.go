@@ -163,7 +163,7 @@ func checkTable(table *procfs.MountTable, text []string, exact bool) error {
 		if !reflect.DeepEqual(row.MountInfo, info) {
 			return fmt.Errorf("row %q is %#v, want %#v", row.Raw, row.MountInfo, info)
 		}
-		if (err == nil) != (row.Err == nil) || err != nil && row.Err.Error() != (&procfs.RowError{Row: row.Raw, Err: err}).Error() {
+		if (err == nil) != (row.Err == nil) || err != nil && row.Err.Error() != err.Error() {
 			return fmt.Errorf("row %q has error %v, want %v", row.Raw, row.Err, err)
 		}
 	}
