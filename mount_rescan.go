@@ -81,12 +81,3 @@ func (p *rescanPlan) end(now time.Time, cost time.Duration) {
 		p.hidden(now)
 	}
 }
-
-// wait is how long it takes until begin should be called again; ok is false if
-// nothing is planned, or one is running.
-func (p *rescanPlan) wait(now time.Time) (d time.Duration, ok bool) {
-	if p.running || p.due.IsZero() {
-		return 0, false
-	}
-	return max(0, p.due.Sub(now)), true
-}
