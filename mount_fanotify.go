@@ -56,16 +56,17 @@ type fanotifySource struct {
 
 	rescan mountRescan
 
-	begun  bool      // the first look was taken
-	read   time.Time // when events were read last
-	storm  bool      // they follow each other closely
+	begun  bool // the first look was taken
 	woken  atomic.Uint32
 	tokens chan struct{}
 	end    chan struct{}
 	finish func() // closes end
 
-	waiters sync.WaitGroup
-	failure atomic.Pointer[error] // of a waiter
+	closing chan struct{}
+
+	waiters     sync.WaitGroup
+	groupWaiter sync.WaitGroup
+	failure     atomic.Pointer[error] // of a waiter
 }
 
 // A mountTouch is what events said of a mount, a set.
@@ -95,6 +96,7 @@ func newFanotifySource(ctx context.Context, target *mountTarget, filter func(*Mo
 		masters: make(map[uint64]uint64),
 		tokens:  make(chan struct{}, 1),
 		end:     make(chan struct{}),
+		closing: make(chan struct{}),
 	}
 	s.verify = time.AfterFunc(time.Hour, func() { s.token(wokenVerify) })
 	s.verify.Stop()
@@ -118,9 +120,9 @@ func newFanotifySource(ctx context.Context, target *mountTarget, filter func(*Mo
 		if s.waiting, err = poller.New(fd, target.name); err != nil {
 			return nil, target.failed(err)
 		}
-		s.arm(s.waiting, wokenTable)
+		s.arm(&s.waiters, s.waiting, wokenTable)
 	}
-	s.arm(s.group, 0)
+	s.arm(&s.groupWaiter, s.group, 0)
 	if err := s.readTable(ctx); err != nil {
 		return nil, err
 	}
@@ -145,7 +147,7 @@ func (s *fanotifySource) mark() error {
 	}
 	s.propagation.Namespace = s.reader.Namespace
 	const flags = unix.FAN_CLASS_NOTIF | unix.FAN_REPORT_MNT | unix.FAN_CLOEXEC | unix.FAN_NONBLOCK
-	group, err := unix.FanotifyInit(flags, 0)
+	group, err := initGroup(flags, 0)
 	if err != nil {
 		return s.unsupported("fanotify_init", err)
 	}
@@ -317,9 +319,37 @@ func (s *fanotifySource) dissolved() bool {
 }
 
 // arm lets what wakes the file be followed by a token with that reason.
-func (s *fanotifySource) arm(file *poller.File, reason uint32) {
-	arm(&s.waiters, file, func() { s.token(reason) }, s.fail)
+func (s *fanotifySource) arm(waiters *sync.WaitGroup, file *poller.File, reason uint32) {
+	pace := s.pacer()
+	arm(waiters, file, func() {
+		s.token(reason)
+		pace()
+	}, s.fail)
 }
+
+// pacer returns a function that returns at once, unless it was called shortly
+// before: then it takes its time, but not beyond the end of the source. Who
+// calls it for each wake leaves the wakes of a storm to be seen together, which
+// costs less than each by itself, and slows those less who mount.
+func (s *fanotifySource) pacer() func() {
+	var last time.Time
+	return func() {
+		if now := time.Now(); now.Sub(last) < stormGap {
+			rest := time.NewTimer(stormRest)
+			defer rest.Stop()
+			select {
+			case <-rest.C:
+			case <-s.closing:
+			}
+		}
+		last = time.Now()
+	}
+}
+
+const (
+	stormGap  = 500 * time.Microsecond // between wakes, at most: it is a storm
+	stormRest = 5 * time.Millisecond
+)
 
 func (s *fanotifySource) token(reason uint32) {
 	s.woken.Or(reason)
@@ -346,30 +376,24 @@ func (s *fanotifySource) close() {
 
 // release lets go of everything but the target, and who waits for that.
 func (s *fanotifySource) release() {
+	close(s.closing)
 	s.verify.Stop()
 	s.rescan.stop()
 	if s.group != nil {
-		s.group.Close()
+		fd := -1
+		s.group.Control(func(group int) { fd = group })
+		closeGroup(fd, func() {
+			s.group.Close()
+			s.groupWaiter.Wait()
+		})
 	}
 	if s.waiting != nil {
 		s.waiting.Close()
 	}
 }
 
-// rest is how long to leave events in the kernel's queue before they are looked
-// at again. In a storm many are looked at together, which costs less than each
-// by itself, and slows those who mount less.
-func (s *fanotifySource) rest(time.Time) time.Duration {
-	if s.storm {
-		return stormRest
-	}
-	return 0
-}
-
-const (
-	stormGap  = 500 * time.Microsecond // between reads of events, at most: it is a storm
-	stormRest = 5 * time.Millisecond
-)
+// rest is not needed: the wakes are paced.
+func (s *fanotifySource) rest(time.Time) time.Duration { return 0 }
 
 func (s *fanotifySource) look(ctx context.Context, rescan bool, d *mountDelta) (resync bool, err error) {
 	if err := s.failure.Load(); err != nil {
@@ -380,7 +404,6 @@ func (s *fanotifySource) look(ctx context.Context, rescan bool, d *mountDelta) (
 		s.reportAll(d)
 	}
 	reason := s.woken.Swap(0)
-	before := s.events
 	if err := s.drain(); err != nil {
 		return false, err
 	}
@@ -392,10 +415,6 @@ func (s *fanotifySource) look(ctx context.Context, rescan bool, d *mountDelta) (
 		if err := s.judge(reason, now); err != nil {
 			return false, err
 		}
-	}
-	s.storm = s.events != before && now.Sub(s.read) < stormGap
-	if s.events != before {
-		s.read = now
 	}
 	if rescan {
 		s.rescan.plan.request(now)
@@ -686,7 +705,7 @@ func (s *fanotifySource) followRoot() error {
 	if err != nil {
 		return nil
 	}
-	s.arm(waiting, wokenTable)
+	s.arm(&s.waiters, waiting, wokenTable)
 	s.waiting.Close()
 	s.waiting = waiting
 	s.token(wokenTable) // there may have been a wake that it missed
