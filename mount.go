@@ -246,13 +246,9 @@ func WatchMounts(ctx context.Context, options *MountOptions) (*MountWatcher, err
 	if options == nil {
 		options = &MountOptions{}
 	}
-	source, err := newMountSource(ctx, options)
-	if err != nil {
-		return nil, err
-	}
 	w := &MountWatcher{rescan: make(chan struct{}, 1)}
-	loop := newMountLoop(options, source, w.rescan)
-	if err := loop.begin(ctx); err != nil {
+	loop, err := beginMountLoop(ctx, options, w.rescan)
+	if err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
@@ -262,6 +258,17 @@ func WatchMounts(ctx context.Context, options *MountOptions) (*MountWatcher, err
 		return loop.run(ctx, r.c)
 	})
 	return w, nil
+}
+
+// beginMountLoop makes the source that options ask for, and a loop over it that
+// has begun.
+func beginMountLoop(ctx context.Context, options *MountOptions, rescan <-chan struct{}) (*mountLoop, error) {
+	source, err := newMountSource(ctx, options)
+	if err != nil {
+		return nil, err
+	}
+	loop := newMountLoop(options, source, rescan)
+	return loop, loop.begin(ctx)
 }
 
 // Rescan makes the watcher look at the whole table soon, also for changes that
