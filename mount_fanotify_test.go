@@ -24,8 +24,9 @@ import (
 
 // What only the fanotify path has: when it can be taken and what is taken
 // otherwise, how it finds what fanotify does not tell, what it does when events
-// are lost, and how it follows other namespaces without keeping them alive. What a consumer sees of each
-// operation is tested on both paths in mount_operations_test.go.
+// are lost, and how it follows other namespaces without keeping them alive.
+// What a consumer sees of each operation is tested on both paths in
+// mount_operations_test.go.
 
 // ladderResult is how a process fares with the ways to follow its mounts.
 type ladderResult struct {
