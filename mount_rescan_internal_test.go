@@ -165,7 +165,6 @@ func TestRescanPlanMerged(t *testing.T) {
 		{"alone and hidden", []func(*rescanPlan, time.Time){alone, hidden}, 300 * time.Millisecond, true},
 		{"hidden and alone", []func(*rescanPlan, time.Time){hidden, alone}, 300 * time.Millisecond, true},
 		{"alone, hidden and alone", []func(*rescanPlan, time.Time){alone, hidden, alone}, 300 * time.Millisecond, true},
-		{"two hidden", []func(*rescanPlan, time.Time){hidden, hidden}, 950 * time.Millisecond, true},
 		{"request and alone", []func(*rescanPlan, time.Time){request, alone}, 0, true},
 		{"hidden and request", []func(*rescanPlan, time.Time){hidden, request}, 0, true},
 	} {
