@@ -245,9 +245,8 @@ func TestMountOverflow(t *testing.T) {
 	var n int
 	fmt.Sscan(string(limit), &n)
 	// While the filter does not return, nobody reads.
-	var stall chan struct{}
+	stall := make(chan struct{})
 	asked := make(chan struct{}, 1)
-	var hang string
 	filter := func(m *kernstream.Mount) bool {
 		if m.FSSource == "stall" {
 			asked <- struct{}{}
@@ -256,11 +255,10 @@ func TestMountOverflow(t *testing.T) {
 		return true
 	}
 	l := newFast(t, &kernstream.MountOptions{Filter: filter})
-	hang = l.mkdir("hang")
+	hang := l.mkdir("hang")
 	stays, goes := l.mkdir("stays"), l.tmpfs("goes")
 	point := l.mkdir("point")
 	l.untilMark()
-	stall = make(chan struct{})
 	mount(t, "stall", hang, "tmpfs", 0, "")
 	<-asked
 	for range n/2 + 100 {
