@@ -31,6 +31,9 @@ func benchMounts(b *bench) error {
 		return err
 	}
 	defer table.close()
+	if err := b.run("slaves", func() error { return benchSlaves(b, table) }); err != nil {
+		return err
+	}
 	for _, n := range []int{smallTable, largeTable} {
 		n = min(n, b.scale(n, 400))
 		if err := table.grow(n); err != nil {

@@ -718,7 +718,8 @@ func TestLiveNamespace(t *testing.T) {
 	if err := other.Any(); !errors.Is(err, unix.ENOENT) || !errors.As(err, &call) || call.Syscall != "listmount" {
 		t.Errorf("the namespace is gone: %v", err)
 	}
-	if ids, err := other.List(nil); !errors.Is(err, unix.ENOENT) || len(ids) != 0 {
+	call = nil
+	if ids, err := other.List(nil); !errors.Is(err, unix.ENOENT) || !errors.As(err, &call) || call.Syscall != "listmount" || len(ids) != 0 {
 		t.Errorf("the namespace is gone: %d, %v", ids, err)
 	}
 }
