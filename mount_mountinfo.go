@@ -213,7 +213,7 @@ func (s *mountinfoSource) read(ctx context.Context, fd int) (torn bool, err erro
 	if s.text, err = procfs.ReadAll(fd, s.text, ctx.Err); err != nil {
 		return false, err
 	}
-	s.unique.look()
+	s.unique.look(len(s.table.Rows()))
 	return procfs.MountsChanged(fd)
 }
 
