@@ -649,7 +649,7 @@ func (s *fanotifySource) ask(id uint64) (*Mount, error) {
 		return nil, nil
 	case err != nil:
 		return nil, err
-	case st.Mask&statmount.MountPoint == 0:
+	case len(st.Point) == 0:
 		return nil, nil
 	}
 	if st.Master != 0 {

@@ -23,6 +23,7 @@ type rescanPlan struct {
 
 	due     time.Time // when the next one is to begin; zero: none is needed
 	alone   bool      // the next one is for a change that came alone
+	asked   bool      // somebody asked for it
 	running bool
 	resync  bool // what the running one finds is a resync
 	begun   time.Time
@@ -48,8 +49,11 @@ func (p *rescanPlan) change(now time.Time) {
 	p.need(due, true)
 }
 
-// request notes that somebody asks for a rescan now.
-func (p *rescanPlan) request(now time.Time) { p.need(now, false) }
+// request notes that somebody asks for a rescan now, whatever it costs.
+func (p *rescanPlan) request(now time.Time) {
+	p.need(now, false)
+	p.asked = true
+}
 
 func (p *rescanPlan) need(due time.Time, alone bool) {
 	if p.due.IsZero() {
@@ -69,7 +73,7 @@ func (p *rescanPlan) begin(now time.Time) bool {
 	}
 	p.running, p.begun = true, now
 	p.resync = !p.alone
-	p.due = time.Time{}
+	p.due, p.asked = time.Time{}, false
 	return true
 }
 
@@ -79,5 +83,9 @@ func (p *rescanPlan) end(now time.Time, cost time.Duration) {
 	p.ended, p.cost = now, cost
 	if p.periodic {
 		p.hidden(now)
+	}
+	// What came up meanwhile did not know that.
+	if affordable := now.Add(p.pause() * 95 / 100); !p.due.IsZero() && !p.asked && p.due.Before(affordable) {
+		p.due = affordable
 	}
 }

@@ -246,3 +246,19 @@ func TestRescanPlanPeriodic(t *testing.T) {
 	p.end(p.now, 0)
 	p.after(time.Second).begins(true)
 }
+
+// TestRescanPlanBudgetMeanwhile: a change that comes while a rescan runs waits
+// until the next one is affordable after that; a request does not.
+func TestRescanPlanBudgetMeanwhile(t *testing.T) {
+	p := newPlanTest(t)
+	p.rescanned(100 * time.Millisecond)
+	p.after(time.Minute).change(p.now)
+	p.begins(false)
+	p.after(50 * time.Millisecond).change(p.now)
+	p.after(50*time.Millisecond).end(p.now, 100*time.Millisecond)
+	p.after(2800 * time.Millisecond).waits()
+	p.after(200 * time.Millisecond).begins(false)
+	p.after(50 * time.Millisecond).request(p.now)
+	p.after(50*time.Millisecond).end(p.now, 100*time.Millisecond)
+	p.begins(true)
+}

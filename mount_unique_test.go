@@ -239,6 +239,23 @@ func TestMountUniqueChroot(t *testing.T) {
 	e = l.receive()
 	l.want(e, "", "", "", "c")
 	wantUnique(t, map[string]kernstream.Mount{"": e.Mounted[0]}, "", jail+"/c", jail)
+	l.apply(e)
+
+	// The parent of its root is not in its table.
+	other := filepath.Join(dir, "other")
+	if err := os.Mkdir(other, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	mount(t, "other", other, "tmpfs", 0, "")
+	if err := os.Mkdir(other+"/jail", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	mount(t, jail, other+"/jail", "", unix.MS_MOVE, "")
+	e = l.receive()
+	if len(e.Moved) != 1 {
+		t.Fatalf("%v; want one mount that moved", e)
+	}
+	wantUnique(t, map[string]kernstream.Mount{"/": e.Moved[0].New}, "/", other+"/jail", other)
 }
 
 // TestMountUniqueNamespace: in the table of another namespace, the mounts have

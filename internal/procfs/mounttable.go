@@ -27,7 +27,7 @@ type MountRow struct {
 	Err error  // why Raw could not be decoded; MountInfo is then incomplete
 
 	// Seq is the same for all rows of one mount, and greater for mounts that
-	// appeared later.
+	// appeared later, as long as the unique IDs of all are known or of none.
 	Seq uint64
 
 	// Hidden is for the user of the table. A new row has it false.
@@ -46,7 +46,7 @@ type MountRow struct {
 type MountDiff struct {
 	Gone    []*MountRow // rows of mounts that are not there any more, in the table's order
 	New     []*MountRow // rows of mounts that were not there, in the text's order
-	Changed []RowChange // rows that differ, in the text's order
+	Changed []RowChange // rows that differ, and mounts that have another parent than the row shows
 	Kept    int         // how many mounts are in both, changed or not
 	Rows    []*MountRow // all rows of the text, which are the table's after Commit
 
@@ -199,15 +199,20 @@ func (t *MountTable) supersede(d *MountDiff, old, row *MountRow) {
 }
 
 // findParents finds the unique IDs of the parents of mounts that are new or
-// changed. A mount that did neither may have got another parent with the ID of
-// the one it had.
+// changed. A mount that is neither may have got another parent with the ID of the
+// one it had, or one whose unique ID was not known before.
 func (t *MountTable) findParents(d *MountDiff) {
-	if len(d.Gone)+len(d.New)+len(d.Changed) == 0 {
+	if len(d.New)+len(d.Changed) == 0 {
 		return
 	}
-	fresh := make(map[uint32]uint64, len(d.New)) // new and replaced parents
+	fresh := make(map[uint32]uint64, len(d.New)) // parents that are new, or newly known
 	for _, row := range d.New {
 		fresh[row.ID] = row.Unique
+	}
+	for _, change := range d.Changed {
+		if change.New.Unique != change.Old.Unique {
+			fresh[change.New.ID] = change.New.Unique
+		}
 	}
 	gone := make(map[uint32]bool, len(d.Gone))
 	for _, row := range d.Gone {
@@ -231,13 +236,10 @@ func (t *MountTable) findParents(d *MountDiff) {
 		}
 		change.New.ParentUnique = find(change.New)
 	}
-	if len(gone) == 0 || len(fresh) == 0 {
+	if len(fresh) == 0 {
 		return
 	}
 	for i, row := range d.Rows {
-		if !gone[row.ParentID] || row.pass != t.pass {
-			continue
-		}
 		if parent, ok := fresh[row.ParentID]; ok && parent != row.ParentUnique {
 			changed := *row
 			changed.Hidden = false
@@ -344,10 +346,10 @@ func MountIDs(text []byte) iter.Seq[uint32] {
 // MountIDRange returns how many rows text has, and the mount IDs of the first
 // and the last, 0 for a row that shows none.
 func MountIDRange(text []byte) (n int, first, last uint32) {
-	text = bytes.TrimSuffix(text, []byte{'\n'})
 	if len(text) == 0 {
 		return 0, 0, 0
 	}
+	text = bytes.TrimSuffix(text, []byte{'\n'})
 	lastRow := text[bytes.LastIndexByte(text, '\n')+1:]
 	return bytes.Count(text, []byte{'\n'}) + 1, MountID(text), MountID(lastRow)
 }

@@ -400,6 +400,7 @@ func TestMountIDs(t *testing.T) {
 		"3 a\n1 b":                      {3, 1},
 		"1 a\n\n":                       {1, 0},
 		"\n1 a\n":                       {0, 1},
+		"\n":                            {0},
 		"\n\n\n":                        {0, 0, 0},
 		"x\n1 a\nx\n":                   {0, 1, 0},
 		"x":                             {0},
@@ -426,5 +427,23 @@ func TestMountIDs(t *testing.T) {
 	}
 	for range procfs.MountIDs([]byte("1 a\n2 b\n")) {
 		break // it may be left early
+	}
+}
+
+// TestUniqueParentLearned: when the unique ID of a parent becomes known, or its
+// row appears, its children get it, whether their rows changed or not.
+func TestUniqueParentLearned(t *testing.T) {
+	root, parent, kept, fresh := child(101, 1, 0, "rw"), child(102, 2, 1, "rw"), child(103, 3, 2, "rw"), child(104, 4, 2, "rw")
+	unknown := parent
+	unknown.unique = 0
+	for _, before := range [][]uniqueRow{{root, unknown, kept}, {root, kept}} {
+		table := uniqueTable{T: t}
+		table.update(before...)
+		table.update(root, parent, kept, fresh)
+		for _, row := range table.Rows()[2:] {
+			if row.ParentUnique != 102 {
+				t.Errorf("the parent of %d is %d, want 102", row.Unique, row.ParentUnique)
+			}
+		}
 	}
 }

@@ -470,8 +470,9 @@ func TestLiveChroot(t *testing.T) {
 		}
 		var m statmount.Mount
 		var r statmount.Reader
-		if err := r.Stat(unseen, statmount.Row, &m); err == nil && m.Mask&statmount.MountPoint != 0 || err != nil && !errors.Is(err, unix.EPERM) {
-			return fmt.Errorf("the mount outside: %+v, %w", m, err)
+		// Linux 6.12 sets the bit of the mount point, and gives an empty one.
+		if err := r.Stat(unseen, statmount.Row, &m); err == nil && len(m.Point) > 0 || err != nil && !errors.Is(err, unix.EPERM) {
+			return fmt.Errorf("the mount outside: %+v, %v", m, err)
 		}
 		return nil
 	})

@@ -38,10 +38,11 @@ func (m *Mount) AppendOptions(b []byte) []byte {
 	return appendFlags(b, attributes, attributeNames[:])
 }
 
+// Of these flags, mountinfo shows "mand", too, which has no effect since Linux
+// 5.15, and which statmount(2) does not tell.
 var superFlagNames = [...]flagName{
 	{unix.MS_SYNCHRONOUS, ",sync"},
 	{unix.MS_DIRSYNC, ",dirsync"},
-	{unix.MS_MANDLOCK, ",mand"},
 	{unix.MS_LAZYTIME, ",lazytime"},
 }
 

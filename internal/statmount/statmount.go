@@ -63,7 +63,7 @@ func makeRequest(namespace, id, param uint64) (r request) {
 }
 
 // A Mount is a reply of statmount(2). Fields whose bit is missing in Mask are
-// zero. A text that is empty has no bit either.
+// zero. A text that is empty may have a bit or not: kernels differ.
 type Mount struct {
 	Mask Mask
 

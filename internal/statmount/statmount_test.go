@@ -303,9 +303,9 @@ func TestSuperOptions(t *testing.T) {
 		{unix.MS_RDONLY, "", "ro"},
 		{unix.MS_SYNCHRONOUS, "x", "rw,sync,x"},
 		{unix.MS_DIRSYNC, "", "rw,dirsync"},
-		{unix.MS_MANDLOCK, "", "rw,mand"},
+		{unix.MS_MANDLOCK, "", "rw"},
 		{unix.MS_LAZYTIME, "", "rw,lazytime"},
-		{unix.MS_RDONLY | unix.MS_SYNCHRONOUS | unix.MS_DIRSYNC | unix.MS_MANDLOCK | unix.MS_LAZYTIME, "x", "ro,sync,dirsync,mand,lazytime,x"},
+		{unix.MS_RDONLY | unix.MS_SYNCHRONOUS | unix.MS_DIRSYNC | unix.MS_MANDLOCK | unix.MS_LAZYTIME, "x", "ro,sync,dirsync,lazytime,x"},
 		{unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_POSIXACL | unix.MS_ACTIVE, "", "rw"},
 	} {
 		m := statmount.Mount{SuperFlags: c.flags, Options: []byte(c.options)}
