@@ -1,0 +1,77 @@
+// Package pidfd asks the kernel about the process of a pidfd: what poll(2),
+// fstat(2) and PIDFD_GET_INFO say, and the status of a child without reaping
+// it.
+//
+// What needs which kernel: pidfds and poll(2) are of Linux 5.3, waitid(2) with
+// P_PIDFD of 5.4. Pidfds have a file system of their own (pidfs) since 6.9; with
+// it come an inode number that no other process gets until the next boot, and
+// POLLHUP once the process has been reaped. PIDFD_GET_INFO is of 6.13, the exit
+// status in it of 6.15.
+package pidfd
+
+import (
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// A State is what poll(2) says about the process.
+type State uint8
+
+const (
+	Running State = iota
+	Exited        // all its threads have ended
+	Reaped        // somebody has waited for it (never seen before Linux 6.9)
+)
+
+// Poll returns the state of the process.
+func Poll(fd int) (State, error) {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for {
+		_, err := unix.Poll(fds, 0)
+		switch events := fds[0].Revents; {
+		case err == unix.EINTR:
+		case err != nil:
+			return Running, os.NewSyscallError("poll", err)
+		case events&unix.POLLNVAL != 0:
+			return Running, os.NewSyscallError("poll", unix.EBADF)
+		case events&unix.POLLHUP != 0:
+			return Reaped, nil
+		case events&unix.POLLIN != 0:
+			return Exited, nil
+		default:
+			return Running, nil
+		}
+	}
+}
+
+// HasID tells whether this kernel has pidfs: then [ID] names processes, and
+// [Poll] sees that one was reaped.
+var HasID = sync.OnceValue(func() bool {
+	fd, err := unix.PidfdOpen(unix.Getpid(), 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	var fs unix.Statfs_t
+	return unix.Fstatfs(fd, &fs) == nil && int64(fs.Type) == unix.PID_FS_MAGIC
+})
+
+// ID returns the inode number of the pidfd, which no other process has had or
+// will have since the boot. It means that only if [HasID].
+func ID(fd int) (uint64, error) {
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil {
+		return 0, os.NewSyscallError("fstat", err)
+	}
+	return stat.Ino, nil
+}
+
+// Unreaped tells whether the process still has its number: it runs, or is a
+// zombie. It works on every kernel.
+func Unreaped(fd int) bool {
+	// A signal that may not be sent has found its process.
+	err := unix.PidfdSendSignal(fd, 0, nil, 0)
+	return err == nil || err == unix.EPERM
+}
