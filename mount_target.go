@@ -48,8 +48,6 @@ func newMountTarget(options *MountOptions) (*mountTarget, error) {
 	return t, t.openProc(dir)
 }
 
-func processName(pid int) string { return "process " + strconv.Itoa(pid) }
-
 const procSelf = "/proc/self"
 
 // ownProc returns the directory in /proc of the caller. Threads of a Go program
@@ -309,8 +307,6 @@ func (t *mountTarget) failed(err error) error {
 	}
 	return mountError(op, t.name, err)
 }
-
-func goneError(err error) error { return fmt.Errorf("%w (%w)", os.ErrProcessDone, err) }
 
 func mountError(op, object string, err error) error {
 	return &OpError{Op: op, Source: "mount", Object: object, Err: err}

@@ -25,6 +25,7 @@ import (
 // The methods may be called from several goroutines, [Set.Wait] from one.
 type Set[V any] struct {
 	epoll *File
+	epfd  int                 // that of epoll; open while the Set is not closed, which mu keeps it from
 	found [64]unix.EpollEvent // of the goroutine in Wait
 
 	mu     sync.Mutex
@@ -66,7 +67,7 @@ func NewSet[V any]() (*Set[V], error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Set[V]{epoll: epoll}, nil
+	return &Set[V]{epoll: epoll, epfd: fd}, nil
 }
 
 // Add takes fd into the Set, which owns it when Add returns without an error.
@@ -93,11 +94,7 @@ func (s *Set[V]) Add(fd int, events uint32, value V) (ID, error) {
 		Fd:     int32(index),
 		Pad:    int32(slot.generation + 1),
 	}
-	var err error
-	if cerr := s.epoll.Control(func(epfd int) { err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, fd, &event) }); cerr != nil {
-		return 0, cerr
-	}
-	if err != nil {
+	if err := unix.EpollCtl(s.epfd, unix.EPOLL_CTL_ADD, fd, &event); err != nil {
 		return 0, os.NewSyscallError("epoll_ctl", err)
 	}
 	s.free = s.free[:len(s.free)-1]
@@ -130,7 +127,7 @@ func (s *Set[V]) Remove(id ID) error {
 	}
 	// Closing alone would leave the registration in place, and firing, for as
 	// long as somebody holds a duplicate.
-	s.epoll.Control(func(epfd int) { unix.EpollCtl(epfd, unix.EPOLL_CTL_DEL, int(slot.fd), nil) })
+	unix.EpollCtl(s.epfd, unix.EPOLL_CTL_DEL, int(slot.fd), nil)
 	err := unix.Close(int(slot.fd))
 	var none V
 	slot.value = none

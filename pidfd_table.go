@@ -1,0 +1,508 @@
+package kernstream
+
+import (
+	"context"
+	"errors"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/pidfd"
+	"github.com/kernstream/kernstream/poller"
+)
+
+// processes are all processes that this program watches.
+var processes = newProcessTable()
+
+// A processTable has one entry, with one pidfd, for each process that is
+// watched, however many watches there are; the pidfds are in one poller.Set,
+// for which one goroutine waits. The Set and the goroutine are there while the
+// table has an entry.
+//
+// The goroutine never waits for a consumer: what it finds out goes into the
+// entries, into channels that have room, and into the lists of ProcessWatchers.
+// Everything happens under one lock, except what may take long or calls what is
+// not ours: waiting for the goroutine, closing channels and letting go of
+// contexts are put off until the lock is released (departures).
+type processTable struct {
+	mu      sync.Mutex
+	changed sync.Cond // on mu: a stream was closed, or an event offered was taken or withdrawn
+
+	set      *poller.Set[*process] // nil: there is no entry
+	loopDone chan struct{}         // closed when the goroutine of set has ended
+	entries  map[uint64]*process   // by process.key, those with the same key in a chain
+	n        int                   // how many entries
+	contexts map[<-chan struct{}]*contextWatches
+}
+
+func newProcessTable() *processTable {
+	t := &processTable{}
+	t.changed.L = &t.mu
+	return t
+}
+
+// A process is one entry of the table.
+type process struct {
+	place poller.ID // in the Set
+	id    uint64    // of ProcessID; 0: not asked for yet, or not to be known
+	fd    int32     // its pidfd, which the Set owns; -1: given back, there is nothing more to learn
+	pid   int32
+	known uint8 // how many phases have been seen
+
+	handles int32     // how many Processes are open
+	watches watchList // those that wait for a phase that has not been seen
+	next    *process  // with the same key
+	end     *processEnd
+}
+
+// processEnd is what is known of a process that has exited.
+type processEnd struct {
+	id          ProcessID
+	when        [Reaped + 1]time.Time
+	statusKnown bool
+	status      uint32
+}
+
+// key is what entries are found by: the number, which is at hand. Only if two
+// have the same one they are compared.
+func (o *openProcess) key() uint64 {
+	const numberless = 1 << 63
+	switch {
+	case o.pid > 0:
+		return uint64(o.pid)
+	case pidfd.HasID():
+		if o.id == 0 {
+			o.id = processIdentity(o.fd, 0)
+		}
+		return o.id | numberless
+	}
+	return 0 // nothing can be compared
+}
+
+func (p *process) key() uint64 {
+	o := openProcess{fd: int(p.fd), pid: int(p.pid), id: p.id}
+	return o.key()
+}
+
+// is tells whether p is the process that was opened.
+func (p *process) is(o *openProcess) bool {
+	if p.fd < 0 {
+		return false
+	}
+	if pidfd.HasID() {
+		if o.id == 0 {
+			o.id = processIdentity(o.fd, o.pid)
+		}
+		p.identify()
+		return p.id == o.id && p.id != 0
+	}
+	// If p still has its number, nobody else had it when o was opened.
+	return o.pid > 0 && pidfd.Unreaped(int(p.fd))
+}
+
+// identify finds out the ID, while the pidfd is there.
+func (p *process) identify() {
+	if p.id == 0 && pidfd.HasID() && p.fd >= 0 {
+		p.id = processIdentity(int(p.fd), int(p.pid))
+	}
+}
+
+func (p *process) processID() ProcessID {
+	if p.end != nil {
+		return p.end.id
+	}
+	p.identify()
+	boot, _ := bootID()
+	return ProcessID{PID: int(p.pid), ID: p.id, Boot: boot}
+}
+
+// phases is how many the kernel tells.
+func phases() uint8 {
+	if pidfd.HasID() {
+		return uint8(Reaped) + 1
+	}
+	return uint8(Exited) + 1
+}
+
+// departures is what is left to do when the lock has been released.
+type departures struct {
+	set     *poller.Set[*process] // has no entries any more
+	done    <-chan struct{}       // its goroutine has ended
+	streams watchList             // to be closed, by the link of their owner
+	release []func() bool         // of contexts
+}
+
+// enter returns the entry of a process, and makes it if there is none. It owns
+// the pidfd from the call on.
+func (t *processTable) enter(o openProcess) (*process, error) {
+	key := o.key()
+	for p := t.entries[key]; p != nil; p = p.next {
+		if key != 0 && p.is(&o) {
+			unix.Close(o.fd)
+			return p, nil
+		}
+	}
+	if t.set == nil {
+		if err := t.begin(); err != nil {
+			unix.Close(o.fd)
+			return nil, err
+		}
+	}
+	p := &process{fd: int32(o.fd), pid: int32(o.pid), id: o.id}
+	place, err := t.set.Add(o.fd, unix.EPOLLIN, p)
+	if err != nil {
+		unix.Close(o.fd)
+		return nil, withLimit(err)
+	}
+	p.place = place
+	p.next = t.entries[key]
+	t.entries[key] = p
+	t.n++
+	return p, nil
+}
+
+// begin makes the Set and starts its goroutine.
+func (t *processTable) begin() error {
+	set, err := poller.NewSet[*process]()
+	if err != nil {
+		return withLimit(err)
+	}
+	t.set, t.loopDone = set, make(chan struct{})
+	t.entries = map[uint64]*process{}
+	go t.loop(set, t.loopDone)
+	return nil
+}
+
+// settle gives the pidfd of p back if nobody waits for a phase to come, and the
+// Set if that was the last.
+func (t *processTable) settle(p *process, d *departures) {
+	if p.fd < 0 || p.watches.first != nil || p.handles > 0 && p.known < phases() {
+		return
+	}
+	p.identify()
+	t.forget(p)
+	t.set.Remove(p.place)
+	p.fd = -1
+	t.n--
+	t.settleSet(d)
+}
+
+// settleSet gives the Set back if it has no entry.
+func (t *processTable) settleSet(d *departures) {
+	if t.set != nil && t.n == 0 {
+		d.set, d.done = t.set, t.loopDone
+		t.set, t.loopDone, t.entries = nil, nil, nil
+	}
+}
+
+// forget takes p out of the entries.
+func (t *processTable) forget(p *process) {
+	key := p.key()
+	if first := t.entries[key]; first == p {
+		if p.next == nil {
+			delete(t.entries, key)
+		} else {
+			t.entries[key] = p.next
+		}
+	} else {
+		for first.next != p {
+			first = first.next
+		}
+		first.next = p.next
+	}
+	p.next = nil
+}
+
+// loop waits for the processes of set.
+func (t *processTable) loop(set *poller.Set[*process], done chan<- struct{}) {
+	defer close(done)
+	ready := make([]poller.Ready[*process], 64)
+	for running := true; running; {
+		n, err := set.Wait(ready)
+		now := time.Now()
+		var d departures
+		t.mu.Lock()
+		for _, r := range ready[:n] {
+			t.look(r.Value, stateOf(r.Events), now, &d)
+		}
+		if err != nil && t.set == set {
+			t.fail(processError("epoll_wait", "", err), &d)
+		}
+		// Who gives the Set back from elsewhere waits for this goroutine.
+		running = t.set == set
+		t.mu.Unlock()
+		d.done = nil
+		t.depart(&d)
+	}
+}
+
+func stateOf(events uint32) pidfd.State {
+	if events&unix.EPOLLHUP != 0 {
+		return pidfd.Reaped
+	}
+	return pidfd.Exited
+}
+
+// look notes that p has come to state, and tells its watches.
+func (t *processTable) look(p *process, state pidfd.State, now time.Time, d *departures) {
+	if p.fd < 0 || state == pidfd.Running {
+		return
+	}
+	if p.end == nil {
+		p.end = &processEnd{id: p.processID()}
+		state = p.findStatus(state)
+		p.see(Exited, now)
+	}
+	if state == pidfd.Reaped && p.known <= uint8(Reaped) {
+		if !p.end.statusKnown {
+			p.findReapedStatus()
+		}
+		p.see(Reaped, now)
+	}
+	for w := p.watches.first; w != nil; {
+		next := w.links[ofProcess].next
+		t.tell(w, d)
+		w = next
+	}
+	t.settle(p, d)
+}
+
+func (p *process) see(phase Phase, now time.Time) {
+	p.end.when[phase] = now
+	p.known = uint8(phase) + 1
+}
+
+// tell passes on to w what it has not been told.
+func (t *processTable) tell(w *Watch, d *departures) {
+	if w.pending() == 0 {
+		return
+	}
+	if w.process.known >= w.until {
+		t.unhook(w)
+	}
+	if w.feed != nil {
+		w.feed.queue(w)
+		return
+	}
+	for ; w.pending() > 0; w.told++ {
+		w.stream.c <- w.event() // has room for all
+	}
+	if w.told == w.until {
+		t.endStream(w.stream, d)
+	}
+}
+
+// unhook takes w from those that wait for a phase of its process.
+func (t *processTable) unhook(w *Watch) {
+	if w.hooked {
+		w.hooked = false
+		w.process.watches.remove(w, ofProcess)
+	}
+}
+
+// hook lets w wait for the phases of p, and tells it those that were seen.
+func (t *processTable) hook(w *Watch, p *process, d *departures) {
+	w.process = p
+	w.hooked = true
+	p.watches.push(w, ofProcess)
+	t.tell(w, d)
+	t.settle(p, d)
+}
+
+// fail ends all watches with an error of the Set.
+func (t *processTable) fail(err error, d *departures) {
+	for _, p := range t.entries {
+		for next := p; p != nil; p = next {
+			next = p.next
+			for w := p.watches.first; w != nil; w = p.watches.first {
+				t.unhook(w)
+				if w.feed != nil {
+					w.feed.fail(err)
+					continue
+				}
+				w.stream.err = &err
+				t.endStream(w.stream, d)
+			}
+			p.handles = 0
+			t.settle(p, d)
+		}
+	}
+}
+
+// depart does what was put off, without the lock. What a stream held is gone
+// before it is closed.
+func (t *processTable) depart(d *departures) {
+	if d.set != nil {
+		d.set.Close()
+		if d.done != nil {
+			<-d.done
+		}
+	}
+	for _, release := range d.release {
+		release()
+	}
+	if d.streams.first == nil {
+		return
+	}
+	for w := d.streams.first; w != nil; w = w.links[ofOwner].next {
+		close(w.stream.c)
+	}
+	t.mu.Lock()
+	for w := d.streams.first; w != nil; w = w.links[ofOwner].next {
+		w.stream.closed = true
+	}
+	t.changed.Broadcast()
+	t.mu.Unlock()
+}
+
+// A contextWatches are the streams with one context, which have one hold on it.
+type contextWatches struct {
+	ctx      context.Context
+	streams  watchList
+	release  func() bool // nil: not there yet
+	dissolve bool        // it has no streams any more
+}
+
+// addStream lets s watch the process that was opened, until ctx is done.
+func (t *processTable) addStream(ctx context.Context, s *processStream, target Target, o openProcess) error {
+	done := ctx.Done()
+	var d departures
+	t.mu.Lock()
+	p, err := t.enter(o)
+	if err != nil {
+		t.settleSet(&d)
+		t.mu.Unlock()
+		t.depart(&d)
+		return processError(operation(err, "watch"), target.String(), err)
+	}
+	var arm *contextWatches
+	if done != nil {
+		if s.watches = t.contexts[done]; s.watches == nil {
+			arm = &contextWatches{ctx: ctx}
+			s.watches = arm
+			if t.contexts == nil {
+				t.contexts = map[<-chan struct{}]*contextWatches{}
+			}
+			t.contexts[done] = arm
+		}
+		s.watches.streams.push(&s.Watch, ofOwner)
+	}
+	t.hook(&s.Watch, p, &d)
+	t.mu.Unlock()
+	t.depart(&d)
+	if arm != nil {
+		t.arm(arm)
+	}
+	return nil
+}
+
+// arm takes hold of a context. It is not done under the lock, since a context
+// may be of any type.
+func (t *processTable) arm(c *contextWatches) {
+	release := context.AfterFunc(c.ctx, func() { t.cancel(c) })
+	t.mu.Lock()
+	c.release = release
+	dissolved := c.dissolve
+	t.mu.Unlock()
+	if dissolved {
+		release()
+	}
+}
+
+// batch is how much is done under the lock at once.
+const batch = 256
+
+// cancel ends the streams of a context that is done. A process that has ended
+// goes before that.
+func (t *processTable) cancel(c *contextWatches) {
+	cause := context.Cause(c.ctx)
+	for more := true; more; {
+		now := time.Now()
+		var d departures
+		t.mu.Lock()
+		for range batch {
+			w := c.streams.first
+			if w == nil {
+				break
+			}
+			if state, err := pidfd.Poll(int(w.process.fd)); err == nil {
+				t.look(w.process, state, now, &d)
+			}
+			if c.streams.first == w {
+				w.stream.err, w.stream.own = &cause, true
+				t.abandon(w, &d)
+			}
+		}
+		more = c.streams.first != nil
+		t.mu.Unlock()
+		t.depart(&d)
+	}
+}
+
+// abandon ends a stream before its time. What it was told and has not been
+// received is lost.
+func (t *processTable) abandon(w *Watch, d *departures) {
+	t.unhook(w)
+	for {
+		select {
+		case <-w.stream.c:
+			continue
+		default:
+		}
+		break
+	}
+	t.endStream(w.stream, d)
+	t.settle(w.process, d)
+}
+
+// endStream leaves s to be closed.
+func (t *processTable) endStream(s *processStream, d *departures) {
+	s.ended = true
+	if c := s.watches; c != nil {
+		c.streams.remove(&s.Watch, ofOwner)
+		s.watches = nil
+		if c.streams.first == nil {
+			c.dissolve = true
+			delete(t.contexts, c.ctx.Done())
+			if c.release != nil {
+				d.release = append(d.release, c.release)
+			}
+		}
+	}
+	d.streams.push(&s.Watch, ofOwner)
+}
+
+// closeStream ends s and waits until it is closed.
+func (t *processTable) closeStream(s *processStream) {
+	var d departures
+	t.mu.Lock()
+	if !s.ended {
+		t.abandon(&s.Watch, &d)
+	}
+	t.mu.Unlock()
+	t.depart(&d)
+	t.mu.Lock()
+	for !s.closed {
+		t.changed.Wait()
+	}
+	t.mu.Unlock()
+}
+
+func (t *processTable) streamErr(s *processStream) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s.err == nil || !s.ended {
+		return nil
+	}
+	return *s.err
+}
+
+// operation returns the system call that failed, or step.
+func operation(err error, step string) string {
+	if call, ok := errors.AsType[*os.SyscallError](err); ok {
+		return call.Syscall
+	}
+	return step
+}
