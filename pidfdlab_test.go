@@ -245,8 +245,15 @@ type keeper struct {
 
 func newKeeper(t testing.TB, attributes *syscall.SysProcAttr) *keeper {
 	t.Helper()
+	return newKeeperWith(t, attributes)
+}
+
+// newKeeperWith passes files on, as descriptors from 3 on.
+func newKeeperWith(t testing.TB, attributes *syscall.SysProcAttr, files ...*os.File) *keeper {
+	t.Helper()
 	k := &keeper{t: t, cmd: testenv.Child(t, "keeper")}
 	k.cmd.SysProcAttr = attributes
+	k.cmd.ExtraFiles = files
 	in, err := k.cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -1,0 +1,754 @@
+package kernstream_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/internal/testenv"
+)
+
+// What the kernel does with pidfds, in all its odd cases, and what a program
+// sees of it. Of what is known of the kernel, this is not here:
+//
+//   - Flags that pidfd_open(2) does not know, PIDFD_SELF and
+//     CLONE_PIDFD_AUTOKILL: nothing here passes them on.
+//   - name_to_handle_at(2) and extended attributes of a pidfd: not used.
+//   - Reading, writing and seeking a pidfd: nothing here does.
+//   - The proc connector: another source.
+//   - That the status of a process whose threads end one by one is the last
+//     one's: no Go program can end so.
+//   - A process that is killed while it sleeps uninterruptibly: the test would
+//     need a device that hangs. The kernel reports the end, not the signal.
+//   - A table of open files of the whole system that is full (ENFILE), and
+//     fs.epoll.max_user_watches (ENOSPC): they cannot be reached without
+//     disturbing others. The texts of their errors are tested apart.
+
+// TestProcessStranger: the life of somebody else's child. Nothing is told while
+// it runs, its end when it is a zombie, and its reaping when its parent waits,
+// with a status that everybody may know.
+func TestProcessStranger(t *testing.T) {
+	testenv.NoLeaks(t)
+	keeper := newKeeper(t, nil)
+	for _, test := range []struct {
+		script string
+		status int
+	}{
+		{"exit 42", exit(42)},
+		{"exit 0", exit(0)},
+		{"kill -KILL $$", int(unix.SIGKILL)},
+	} {
+		pid := keeper.fork(test.script)
+		options := &kernstream.ProcessOptions{}
+		if reapingTold() {
+			options = untilReaped
+		}
+		s := watchProcess(t, t.Context(), kernstream.PID(pid), options)
+		none(t, s.C)
+		keeper.zombie(pid)
+		want(t, next(t, s.C), pid, kernstream.Exited, test.status)
+		if reapingTold() {
+			none(t, s.C)
+			keeper.reap(pid)
+			want(t, next(t, s.C), pid, kernstream.Reaped, test.status)
+		}
+		if err := over(t, s); err != nil {
+			t.Error(err)
+		}
+	}
+	testenv.Feature(t, "status of the zombie of another process", "/proc/PID/stat")
+}
+
+// TestProcessZombieAsRoot: to root, the status of a zombie that belongs to
+// another user is
+// known, 0 too.
+func TestProcessZombieAsRoot(t *testing.T) {
+	testenv.NeedRoot(t, "another user")
+	testenv.NoLeaks(t)
+	keeper := newKeeper(t, as(65534))
+	for _, code := range []int{0, 7} {
+		pid := keeper.fork(fmt.Sprint("exit ", code))
+		keeper.zombie(pid)
+		s := watchProcess(t, t.Context(), kernstream.PID(pid), nil)
+		want(t, next(t, s.C), pid, kernstream.Exited, exit(code))
+	}
+}
+
+// TestProcessZombieAsSameUser: so is that of a zombie of the same user.
+func TestProcessZombieAsSameUser(t *testing.T) {
+	testenv.NeedRoot(t, "another user")
+	testenv.NoLeaks(t)
+	keeper, observer := newKeeper(t, as(65534)), newKeeper(t, as(65534))
+	for _, code := range []int{0, 7} {
+		pid := keeper.fork(fmt.Sprint("exit ", code))
+		keeper.zombie(pid)
+		observer.do("watch", fmt.Sprint(pid))
+		if e := observer.event(); !e.StatusKnown || e.ExitCode == nil || *e.ExitCode != code {
+			t.Errorf("exit %d: event %+v", code, e)
+		}
+	}
+}
+
+// TestProcessZombieAsAnotherUser: to another user the status of a zombie is
+// unknown, and never taken for 0. When the zombie is reaped, everybody may know.
+func TestProcessZombieAsAnotherUser(t *testing.T) {
+	testenv.NeedRoot(t, "another user")
+	testenv.NoLeaks(t)
+	keeper, observer := newKeeper(t, as(65534)), newKeeper(t, as(65533))
+	for _, code := range []int{0, 7} {
+		pid := keeper.fork(fmt.Sprint("exit ", code))
+		keeper.zombie(pid)
+		if !reapingTold() {
+			observer.do("watch", fmt.Sprint(pid))
+			if e := observer.event(); e.StatusKnown || e.ExitCode != nil {
+				t.Errorf("exit %d: event %+v", code, e)
+			}
+			continue
+		}
+		observer.do("watch", fmt.Sprint(pid), "reaped")
+		if e := observer.event(); e.StatusKnown || e.ExitCode != nil || e.Phase != "exited" {
+			t.Errorf("exit %d: event %+v", code, e)
+		}
+		keeper.reap(pid)
+		e := observer.event()
+		if e.Phase != "reaped" || e.StatusKnown != reapedStatus() || e.StatusKnown && *e.ExitCode != code {
+			t.Errorf("exit %d: event %+v", code, e)
+		}
+	}
+	path := "unknown"
+	if reapedStatus() {
+		path = "PIDFD_GET_INFO"
+	}
+	testenv.Feature(t, "status of a process that was reaped", path)
+}
+
+// observed is an event as a keeper tells it.
+type observed struct {
+	PID         int    `json:"pid"`
+	ID          uint64 `json:"id"`
+	Phase       string `json:"phase"`
+	StatusKnown bool   `json:"status_known"`
+	ExitCode    *int   `json:"exit_code"`
+	Signal      string `json:"signal"`
+}
+
+// event returns the next event of the keeper's watch.
+func (k *keeper) event() (e observed) {
+	k.t.Helper()
+	text := k.do("event")
+	if err := json.Unmarshal([]byte(text), &e); err != nil {
+		k.t.Fatalf("%q: %v", text, err)
+	}
+	return e
+}
+
+// TestProcessReapedAtOnce: a parent that ignores SIGCHLD lets the kernel reap.
+// Both phases come, with the status from Linux 6.15 on.
+func TestProcessReapedAtOnce(t *testing.T) {
+	testenv.NoLeaks(t)
+	keeper := newKeeper(t, nil)
+	keeper.do("ignore")
+	w := newProcessWatcher(t)
+	status := unknown
+	if reapedStatus() {
+		status = exit(3)
+	}
+	for range 20 {
+		pid := keeper.fork("exit 3")
+		watch(t, w, kernstream.PID(pid), nil)
+		if reapingTold() {
+			watch(t, w, kernstream.PID(pid), untilReaped)
+		}
+		keeper.end(pid)
+		n := 1
+		if reapingTold() {
+			n = 3
+		}
+		for range n {
+			e := next(t, w.C)
+			if !reapedStatus() && e.StatusKnown {
+				status = exit(3) // the library was quicker than the kernel
+			}
+			want(t, e, pid, e.Phase, status)
+		}
+	}
+}
+
+// TestProcessWaitInAnyOrder: the caller's Wait works before the event, after it
+// and at the same time, whichever way the process was named; the status is
+// known.
+func TestProcessWaitInAnyOrder(t *testing.T) {
+	testenv.NoLeaks(t)
+	w := newProcessWatcher(t)
+	for _, kind := range []string{"PID", "OfProcess", "PidFD", "Saved"} {
+		for _, order := range []string{"before", "after", "during", "long before"} {
+			v := newVictim(t, "exit 5")
+			target := targetOf(t, kind, v)
+			if order != "long before" {
+				watch(t, w, target, nil)
+			}
+			p, err := w.Open(target)
+			if err != nil {
+				t.Fatal(err)
+			}
+			waited := make(chan syscall.WaitStatus, 1)
+			wait := func() { waited <- v.reap() }
+			switch order {
+			case "before":
+				go wait()
+				time.Sleep(time.Millisecond)
+				v.end()
+			case "during":
+				v.end()
+				go wait()
+			case "after":
+				v.end()
+			case "long before":
+				v.end()
+				wait()
+				if _, err := p.Watch(nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			e := next(t, w.C)
+			// Who reaps a child before anybody has looked takes the status
+			// along, until the kernel keeps it for pidfds.
+			if order == "after" || reapedStatus() {
+				want(t, e, v.pid(), kernstream.Exited, exit(5))
+			}
+			if order == "after" {
+				go wait()
+			}
+			if status := <-waited; int(status) != exit(5) {
+				t.Errorf("%s, %s: Wait returned status %#x", kind, order, status)
+			}
+			p.Close()
+		}
+	}
+}
+
+// TestProcessStops: stopping, going on, and executing another program are not
+// the end of a process.
+func TestProcessStops(t *testing.T) {
+	testenv.NoLeaks(t)
+	v := newVictim(t, "exec /bin/sh -c 'kill -STOP $$; exit 2'")
+	s := watchProcess(t, t.Context(), kernstream.PID(v.pid()), nil)
+	id := idOf(t, v.pid())
+	v.end()
+	waitForState(t, v.pid(), "T")
+	none(t, s.C)
+	if now := idOf(t, v.pid()); now != id {
+		t.Errorf("the ID is %+v after execve; want %+v", now, id)
+	}
+	v.Process.Signal(unix.SIGCONT)
+	want(t, next(t, s.C), v.pid(), kernstream.Exited, exit(2))
+}
+
+// waitForState waits until /proc/PID/stat shows one of states.
+func waitForState(t testing.TB, pid int, states string) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if after := string(text[strings.LastIndexByte(string(text), ')')+1:]); strings.Contains(states, after[1:2]) {
+			return
+		}
+	}
+	t.Fatalf("process %d does not come to state %s", pid, states)
+}
+
+// TestProcessMainThread: a process ends with its last thread, not with its main
+// thread, and has the status of the whole. A thread that executes a program
+// takes the place of the main thread, also of one that is gone.
+func TestProcessMainThread(t *testing.T) {
+	testenv.NoLeaks(t)
+	for _, test := range []struct {
+		name   string
+		status int
+	}{
+		{"leader ends, group exits", exit(7)},
+		{"thread executes", exit(9)},
+		{"leader ends, thread executes", exit(9)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			cmd := testenv.Child(t, "threads", test.name)
+			in, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			pid := cmd.Process.Pid
+			defer cmd.Wait()
+			s := watchProcess(t, t.Context(), kernstream.PID(pid), nil)
+			in.Write([]byte("1"))
+			if strings.HasPrefix(test.name, "leader ends") {
+				waitForState(t, pid, "Z") // as /proc shows it
+				// Another one can still begin to watch.
+				late := watchProcess(t, t.Context(), kernstream.OfProcess(cmd.Process), nil)
+				none(t, late.C)
+				late.Close()
+			}
+			none(t, s.C)
+			in.Write([]byte("2"))
+			if test.name == "thread executes" {
+				none(t, s.C)
+			}
+			in.Close()
+			want(t, next(t, s.C), pid, kernstream.Exited, test.status)
+		})
+	}
+}
+
+func init() {
+	testenv.RegisterChild("threads", func(args []string) int {
+		runtime.GOMAXPROCS(4) // a thread that ends without the runtime takes one along
+		order := func() { unix.Read(0, make([]byte, 1)) }
+		leaderEnds := strings.HasPrefix(args[0], "leader ends")
+		started := make(chan struct{})
+		go func() {
+			runtime.LockOSThread()
+			close(started)
+			if leaderEnds {
+				// The main thread takes the first order.
+				for leaderRuns() {
+					time.Sleep(time.Millisecond)
+				}
+			} else {
+				order()
+			}
+			order()
+			switch {
+			case strings.HasSuffix(args[0], "group exits"):
+				syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 7, 0, 0)
+			case strings.HasSuffix(args[0], "executes"):
+				unix.Exec("/bin/sh", []string{"sh", "-c", "read x; exit 9"}, nil)
+			}
+		}()
+		<-started
+		if !leaderEnds {
+			select {}
+		}
+		order()
+		syscall.RawSyscall(syscall.SYS_EXIT, 3, 0, 0) // this thread alone
+		return 0
+	})
+}
+
+func leaderRuns() bool {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/stat", os.Getpid()))
+	return err == nil && !strings.Contains(string(text), ") Z ")
+}
+
+// TestProcessTraced: a process that somebody else traces has ended, although its
+// parent cannot wait for it yet. The status is known all the same, from the
+// zombie.
+func TestProcessTraced(t *testing.T) {
+	testenv.NoLeaks(t)
+	v := newVictim(t, "exit 6")
+	tracer := testenv.Child(t, "tracer", fmt.Sprint(v.pid()))
+	in, err := tracer.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := tracer.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tracer.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer tracer.Wait()
+	defer in.Close()
+	answer := make([]byte, 100)
+	n, _ := out.Read(answer)
+	if text := string(answer[:n]); text != "traced\n" {
+		testenv.Missing(t, "needs to trace another process", fmt.Errorf("%s: %w", text, os.ErrPermission))
+	}
+	s := watchProcess(t, t.Context(), kernstream.PID(v.pid()), nil)
+	v.end()
+	want(t, next(t, s.C), v.pid(), kernstream.Exited, exit(6))
+	if pid, err := unix.Wait4(v.pid(), nil, unix.WNOHANG, nil); pid != 0 || err != nil {
+		t.Errorf("wait4 returned %d, %v; want nothing yet", pid, err)
+	}
+}
+
+func init() {
+	testenv.RegisterChild("tracer", func(args []string) int {
+		var pid int
+		fmt.Sscan(args[0], &pid)
+		// PTRACE_SEIZE; nobody waits for what it stops for.
+		if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SEIZE, uintptr(pid), 0, 0, 0, 0); errno != 0 {
+			fmt.Println(errno)
+			return 1
+		}
+		fmt.Println("traced")
+		os.Stdin.Read(make([]byte, 1))
+		return 0
+	})
+}
+
+// TestProcessCoreDump: bit 0x80 of the status tells of a core dump.
+func TestProcessCoreDump(t *testing.T) {
+	testenv.NoLeaks(t)
+	pattern, err := os.ReadFile("/proc/sys/kernel/core_pattern")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.HasPrefix(string(pattern), "|") || strings.HasPrefix(string(pattern), "@") || strings.Contains(string(pattern), "/") {
+		testenv.Missing(t, "needs core dumps in the working directory", fmt.Errorf("core_pattern is %q", pattern))
+	}
+	dir := t.TempDir()
+	keeper := newKeeper(t, nil)
+	for _, limit := range []string{"0", "unlimited"} {
+		pid := keeper.fork(fmt.Sprintf("ulimit -c %s; cd %s; kill -SEGV $$", limit, dir))
+		s := watchProcess(t, t.Context(), kernstream.PID(pid), nil)
+		keeper.end(pid)
+		e := next(t, s.C)
+		if !e.StatusKnown || e.Status.Signal() != unix.SIGSEGV || e.Status.CoreDump() != (limit != "0") {
+			t.Errorf("with core limit %s: event %v, status %#x", limit, e, int(e.Status))
+		}
+		keeper.reap(pid)
+	}
+}
+
+// TestProcessNamespaces: a process is seen from the namespace around its own,
+// by its number there; a pidfd that is passed on tells of the end of a process
+// that has no number, and of no status.
+func TestProcessNamespaces(t *testing.T) {
+	testenv.NoLeaks(t)
+	inner := newKeeper(t, pidNamespace(t))
+	inner.mountProc()
+	if pid := inner.do("pid"); pid != "1" {
+		t.Fatalf("the process in the namespace has number %s there", pid)
+	}
+	s := watchProcess(t, t.Context(), kernstream.PID(inner.cmd.Process.Pid), nil)
+	// Its own children, as it sees them itself.
+	pid := inner.fork("exit 12")
+	inner.do("watch", fmt.Sprint(pid))
+	inner.end(pid)
+	if e := inner.event(); e.PID != pid || !e.StatusKnown || *e.ExitCode != 12 {
+		t.Errorf("event %+v; want the exit of %d", e, pid)
+	}
+	inner.reap(pid)
+	inner.in.Close()
+	want(t, next(t, s.C), inner.cmd.Process.Pid, kernstream.Exited, exit(0))
+
+	if !reapingTold() {
+		return
+	}
+	v := newVictim(t, "exit 13")
+	file := pidfdFile(t, v.pid(), 0)
+	stranger := newKeeperWith(t, pidNamespace(t), file)
+	stranger.mountProc()
+	stranger.do("watch pidfd")
+	v.zombie(t)
+	if e := stranger.event(); e.PID != 0 || e.ID == 0 || e.Phase != "exited" || e.StatusKnown {
+		t.Errorf("event %+v; want one without a number and a status", e)
+	}
+	v.reap()
+	if e := stranger.event(); e.PID != 0 || e.Phase != "reaped" || e.StatusKnown {
+		t.Errorf("event %+v; want one without a number and a status", e)
+	}
+}
+
+// TestProcessPidfdOfReaped: a pidfd of a process that was reaped still has its
+// end to tell, with the status where the kernel keeps it.
+func TestProcessPidfdOfReaped(t *testing.T) {
+	testenv.NoLeaks(t)
+	v := newVictim(t, "exit 10")
+	file := pidfdFile(t, v.pid(), 0)
+	v.end()
+	v.reap()
+	status := unknown
+	if reapedStatus() {
+		status = exit(10)
+	}
+	s := watchProcess(t, t.Context(), kernstream.PidFD(file), nil)
+	want(t, next(t, s.C), 0, kernstream.Exited, status)
+	if reapingTold() {
+		s := watchProcess(t, t.Context(), kernstream.PidFD(file), untilReaped)
+		want(t, next(t, s.C), 0, kernstream.Exited, status)
+		want(t, next(t, s.C), 0, kernstream.Reaped, status)
+	}
+}
+
+// TestProcessPeer: the pidfd of the peer of a socket (SO_PEERPIDFD) is a target.
+func TestProcessPeer(t *testing.T) {
+	testenv.NeedKernel(t, 6, 5, "SO_PEERPIDFD")
+	testenv.NoLeaks(t)
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "socket"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	cmd := testenv.Child(t, "peer", listener.Addr().String())
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := listener.AcceptUnix()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	file := peerPidfd(t, conn)
+	defer file.Close()
+	s := watchProcess(t, t.Context(), kernstream.PidFD(file), nil)
+	file.Close() // it stays the caller's
+	conn.Write([]byte("x"))
+	want(t, next(t, s.C), cmd.Process.Pid, kernstream.Exited, exit(11))
+	cmd.Wait()
+}
+
+func peerPidfd(t testing.TB, conn *net.UnixConn) *os.File {
+	t.Helper()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var fd int
+	cerr := raw.Control(func(c uintptr) {
+		fd, err = unix.GetsockoptInt(int(c), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	})
+	if err := errors.Join(cerr, err); err != nil {
+		t.Fatal(err)
+	}
+	return os.NewFile(uintptr(fd), "peer")
+}
+
+func init() {
+	testenv.RegisterChild("peer", func(args []string) int {
+		conn, err := net.Dial("unix", args[0])
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		conn.Read(make([]byte, 1))
+		return 11
+	})
+}
+
+// TestProcessThreadPidfd: a pidfd of one thread is refused, that of the main
+// thread, too.
+func TestProcessThreadPidfd(t *testing.T) {
+	testenv.NeedKernel(t, 6, 9, "PIDFD_THREAD")
+	testenv.NoLeaks(t)
+	for _, tid := range []int{os.Getpid(), otherThread(t)} {
+		file := pidfdFile(t, tid, unix.PIDFD_THREAD)
+		if s, err := kernstream.WatchProcess(t.Context(), kernstream.PidFD(file), nil); !errors.Is(err, unix.EINVAL) || !strings.Contains(fmt.Sprint(err), "thread") || s != nil {
+			t.Errorf("WatchProcess of thread %d returned %v", tid, err)
+		}
+	}
+}
+
+// TestProcessSharedDescription: the library leaves the caller's descriptors
+// alone: their flags, and that a wait on them blocks.
+func TestProcessSharedDescription(t *testing.T) {
+	testenv.NoLeaks(t)
+	v := newVictim(t, "exit 1")
+	for _, flags := range []int{0, unix.PIDFD_NONBLOCK} {
+		file := pidfdFile(t, v.pid(), flags)
+		raw, err := file.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		flagsNow := func() (n int) {
+			raw.Control(func(fd uintptr) { n, _ = unix.FcntlInt(fd, unix.F_GETFL, 0) })
+			return n
+		}
+		before := flagsNow()
+		s := watchProcess(t, t.Context(), kernstream.PidFD(file), nil)
+		if after := flagsNow(); after != before {
+			t.Errorf("the flags are %#x; want %#x as before", after, before)
+		}
+		s.Close()
+		if after := flagsNow(); after != before {
+			t.Errorf("the flags are %#x after Close; want %#x as before", after, before)
+		}
+	}
+	// The runtime's handle still blocks.
+	s := watchProcess(t, t.Context(), kernstream.OfProcess(v.Process), nil)
+	go func() {
+		time.Sleep(10 * time.Millisecond)
+		v.end()
+	}()
+	if status := v.reap(); int(status) != exit(1) {
+		t.Errorf("Wait returned status %#x", status)
+	}
+	next(t, s.C)
+}
+
+// TestProcessPrivileges: any user can watch a process of root, see its end, and
+// its ID.
+func TestProcessPrivileges(t *testing.T) {
+	testenv.NeedRoot(t, "another user")
+	testenv.NoLeaks(t)
+	observer := newKeeper(t, as(65534))
+	v := newVictim(t, "exit 0")
+	observer.do("watch", fmt.Sprint(v.pid()))
+	v.end()
+	if e := observer.event(); e.PID != v.pid() || e.ID == 0 || e.Phase != "exited" || e.StatusKnown {
+		t.Errorf("event %+v; want the exit without a status", e)
+	}
+}
+
+// TestProcessSandbox: a sandbox that forbids pidfd_open(2) makes an error that Is
+// errors.ErrUnsupported, whatever number the sandbox gives.
+func TestProcessSandbox(t *testing.T) {
+	testenv.NoLeaks(t)
+	v := newVictim(t, "exit 0")
+	for _, errno := range []unix.Errno{unix.EPERM, unix.ENOSYS} {
+		keeper := newKeeper(t, nil)
+		keeper.do("watch", fmt.Sprint(v.pid())) // the kernel has it
+		keeper.do("refuse", fmt.Sprint(int(errno)))
+		text := keeper.do("errors", fmt.Sprint(v.pid()))
+		if !strings.HasPrefix(text, "done false, permission "+fmt.Sprint(errno == unix.EPERM)+", unsupported true: process: pidfd_open process "+fmt.Sprint(v.pid())) || !strings.Contains(text, "seccomp") {
+			t.Errorf("%v: %s", errno, text)
+		}
+	}
+}
+
+// TestProcessOutOfDescriptors: with no descriptor left, the error Is EMFILE and
+// says what the limit is; nothing is lost by it. An os.Process that has no
+// handle for that reason is still the right one.
+func TestProcessOutOfDescriptors(t *testing.T) {
+	testenv.NoLeaks(t)
+	victims := []*victim{newVictim(t, "exit 1"), newVictim(t, "exit 1")}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	w := newProcessWatcher(t)
+	before := countDescriptors(t)
+	for room := range 4 {
+		var fill []int
+		highest := 0
+		for fd := 0; fd < before+8; {
+			var err error
+			if fd, err = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+				t.Fatal(err)
+			}
+			fill = append(fill, fd)
+			highest = max(highest, fd)
+		}
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(highest + 1 + room), Max: limit.Max}); err != nil {
+			t.Fatal(err)
+		}
+		found, _ := os.FindProcess(victims[1].pid())
+		_, err := w.Watch(kernstream.PID(victims[0].pid()), nil)
+		s, err2 := kernstream.WatchProcess(t.Context(), kernstream.OfProcess(found), nil)
+		unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+		for _, fd := range fill {
+			unix.Close(fd)
+		}
+		for _, err := range []error{err, err2} {
+			if err != nil && (!errors.Is(err, unix.EMFILE) || !strings.Contains(err.Error(), fmt.Sprint("RLIMIT_NOFILE is ", highest+1+room))) {
+				t.Errorf("with %d descriptors left: %v; want EMFILE and the limit", room, err)
+			}
+		}
+		if err == nil && room == 0 {
+			t.Errorf("with no descriptor left: no error")
+		}
+		if s != nil {
+			s.Close()
+		}
+		found.Release()
+	}
+	handleless(t, &limit)
+	for _, v := range victims {
+		v.end()
+	}
+}
+
+// handleless makes an os.Process without a handle, of a child and of a stranger.
+func handleless(t *testing.T, limit *unix.Rlimit) {
+	t.Helper()
+	keeper := newKeeper(t, nil)
+	v := newVictim(t, "exit 1")
+	find := func(pid int) *os.Process {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: limit.Max}); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Setrlimit(unix.RLIMIT_NOFILE, limit)
+		p, err := os.FindProcess(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	child, stranger := find(v.pid()), find(keeper.cmd.Process.Pid)
+	if err := child.WithHandle(func(uintptr) {}); !errors.Is(err, os.ErrNoHandle) {
+		t.Fatalf("the os.Process has a handle: %v", err)
+	}
+	s := watchProcess(t, t.Context(), kernstream.OfProcess(child), nil)
+	s.Close()
+	if s, err := kernstream.WatchProcess(t.Context(), kernstream.OfProcess(find(1)), nil); !errors.Is(err, os.ErrNoHandle) || s != nil {
+		t.Errorf("WatchProcess of a stranger without a handle returned %v; want os.ErrNoHandle", err)
+	}
+	_ = stranger
+}
+
+// TestProcessUntouchable: programs may watch themselves and process 1; nothing
+// comes.
+func TestProcessUntouchable(t *testing.T) {
+	testenv.NoLeaks(t)
+	for _, pid := range []int{1, os.Getpid(), 2} {
+		if err := unix.Kill(pid, 0); err == unix.ESRCH {
+			continue // a namespace without kernel threads
+		}
+		s := watchProcess(t, t.Context(), kernstream.PID(pid), nil)
+		none(t, s.C)
+		s.Close()
+	}
+}
+
+// TestProcessCallersFile: the caller may close its pidfd and release its
+// os.Process at any time, and a descriptor that gets their numbers is another.
+func TestProcessCallersFile(t *testing.T) {
+	testenv.NoLeaks(t)
+	v := newVictim(t, "exit 1")
+	file := pidfdFile(t, v.pid(), 0)
+	s := watchProcess(t, t.Context(), kernstream.PidFD(file), nil)
+	file.Close()
+	found, err := os.FindProcess(v.pid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s2 := watchProcess(t, t.Context(), kernstream.OfProcess(found), nil)
+	found.Release()
+	v.end()
+	want(t, next(t, s.C), v.pid(), kernstream.Exited, exit(1))
+	want(t, next(t, s2.C), v.pid(), kernstream.Exited, exit(1))
+}
+
+// TestProcessDescriptorsAreNotInherited: descriptors are not passed on to programs that are
+// executed meanwhile.
+func TestProcessDescriptorsAreNotInherited(t *testing.T) {
+	testenv.NoLeaks(t)
+	v := newVictim(t, "exit 1")
+	s := watchProcess(t, t.Context(), kernstream.PID(v.pid()), nil)
+	defer s.Close()
+	out, err := exec.Command("/bin/sh", "-c", "ls -l /proc/self/fd").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := string(out); strings.Contains(text, "pidfd") || strings.Contains(text, "eventpoll") {
+		t.Errorf("a program inherits\n%s", text)
+	}
+}
