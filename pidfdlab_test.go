@@ -408,6 +408,8 @@ func (k *keeping) obey(words []string) (string, error) {
 			return "", err
 		}
 		return "", unix.Mount("proc", "/proc", "proc", 0, "")
+	case "choose", "recycle", "hammer":
+		return obeyHammer(words)
 	}
 	return "", fmt.Errorf("unknown word %q", words)
 }
