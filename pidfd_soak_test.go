@@ -194,7 +194,7 @@ func runHammer(processors int, duration time.Duration, seed uint64) (string, err
 	for n := range 4 {
 		workers.Go(func() {
 			random := rand.New(rand.NewPCG(seed, uint64(n+1)))
-			for round := 0; time.Now().Before(until) && h.failed() == nil; round++ {
+			for h.goesOn(until) {
 				if err := h.life(random); err != nil {
 					h.fail(err)
 				}
@@ -242,10 +242,15 @@ func (h *hammer) fail(err error) {
 	}
 }
 
-func (h *hammer) failed() error {
+// goesOn tells whether another process is to be started. A slow machine needs
+// longer until a number is given again.
+func (h *hammer) goesOn(until time.Time) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.err
+	if h.recycled == 0 {
+		until = until.Add(patience)
+	}
+	return h.err == nil && time.Now().Before(until)
 }
 
 // consume receives the events of the watcher, sometimes slowly.
