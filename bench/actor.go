@@ -152,8 +152,13 @@ type actor struct {
 }
 
 func startActor(ctx context.Context, dir string) (*actor, error) {
+	return startHelper(ctx, actorVar+"="+dir)
+}
+
+// startHelper starts this program with a variable that makes it a helper.
+func startHelper(ctx context.Context, variable string) (*actor, error) {
 	ctx, stop := context.WithCancel(ctx)
-	cmd := command(ctx, actorVar+"="+dir)
+	cmd := command(ctx, variable)
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		stop()
@@ -167,21 +172,29 @@ func startActor(ctx context.Context, dir string) (*actor, error) {
 	wait, err := start(cmd)
 	if err != nil {
 		stop()
-		return nil, fmt.Errorf("start the actor: %w", err)
+		return nil, fmt.Errorf("start the helper: %w", err)
 	}
 	return &actor{in: in, out: bufio.NewReader(out), wait: wait, stop: stop}, nil
 }
 
 // do lets the actor do something, and returns its answer.
 func (a *actor) do(command string) (int64, error) {
+	answer, err := a.ask(command)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseInt(answer, 10, 64)
+}
+
+func (a *actor) ask(command string) (string, error) {
 	if _, err := fmt.Fprintln(a.in, command); err != nil {
-		return 0, fmt.Errorf("tell the actor: %w", err)
+		return "", fmt.Errorf("tell the helper: %w", err)
 	}
 	line, err := a.out.ReadString('\n')
 	if err != nil {
-		return 0, fmt.Errorf("the actor's answer to %q: %w", command, err)
+		return "", fmt.Errorf("the helper's answer to %q: %w", command, err)
 	}
-	return strconv.ParseInt(strings.TrimSpace(line), 10, 64)
+	return strings.TrimSpace(line), nil
 }
 
 // close ends the actor, whatever it does.

@@ -28,6 +28,7 @@ import (
 var groups = []group{
 	{"mounts", benchMounts},
 	{"streams", benchStreams},
+	{"pids", benchPids},
 }
 
 // settings are the command line.
@@ -42,6 +43,12 @@ type settings struct {
 func main() {
 	if dir := os.Getenv(actorVar); dir != "" {
 		os.Exit(actorMain(dir))
+	}
+	if os.Getenv(herdVar) != "" {
+		os.Exit(herdMain())
+	}
+	if name := os.Getenv(designVar); name != "" {
+		os.Exit(designMain(name))
 	}
 	set, err := parseFlags(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {
