@@ -12,8 +12,8 @@ import (
 // How a process ended, as early as the kernel tells, and without reaping it.
 
 // findStatus finds out the status of a process that has just ended, and returns
-// its state after that.
-func (p *process) findStatus(state pidfd.State) pidfd.State {
+// its state after that. procIsOurs tells that p.pid is its number in /proc.
+func (p *process) findStatus(state pidfd.State, procIsOurs bool) pidfd.State {
 	if state == pidfd.Reaped {
 		return state // findReapedStatus
 	}
@@ -23,7 +23,10 @@ func (p *process) findStatus(state pidfd.State) pidfd.State {
 		p.end.status, p.end.statusKnown = status, true
 		return state
 	}
-	number := p.number()
+	number := int(p.pid)
+	if !procIsOurs {
+		number, _ = procNumber(fd)
+	}
 	if number <= 0 {
 		return state
 	}
@@ -48,18 +51,6 @@ func (p *process) findReapedStatus() {
 	if info, err := pidfd.GetInfo(int(p.fd)); err == nil && info.HasStatus {
 		p.end.status, p.end.statusKnown = info.Status, true
 	}
-}
-
-// number returns the number that the process has in /proc.
-func (p *process) number() int {
-	if procIsOurs() {
-		return int(p.pid)
-	}
-	number, err := procNumber(int(p.fd))
-	if err != nil {
-		return 0
-	}
-	return number
 }
 
 // procIsOurs tells whether /proc numbers processes as this program does.

@@ -35,6 +35,8 @@ type processTable struct {
 	entries  map[uint64]*process   // by process.key, those with the same key in a chain
 	n        int                   // how many entries
 	contexts map[<-chan struct{}]*contextWatches
+
+	procIsOurs bool // /proc numbers processes as this program does
 }
 
 func newProcessTable() *processTable {
@@ -171,6 +173,7 @@ func (t *processTable) begin() error {
 	}
 	t.set, t.loopDone = set, make(chan struct{})
 	t.entries = map[uint64]*process{}
+	t.procIsOurs = procIsOurs()
 	go t.loop(set, t.loopDone)
 	return nil
 }
@@ -252,7 +255,7 @@ func (t *processTable) look(p *process, state pidfd.State, now time.Time, d *dep
 	}
 	if p.end == nil {
 		p.end = &processEnd{id: p.processID()}
-		state = p.findStatus(state)
+		state = p.findStatus(state, t.procIsOurs)
 		p.see(Exited, now)
 	}
 	if state == pidfd.Reaped && p.known <= uint8(Reaped) {

@@ -309,11 +309,13 @@ func (s *processHandles) add(h *Process) {
 
 // A processFeed is what stands between the table and the channel of a
 // ProcessWatcher: the watches that have something to tell, first come, first
-// served. Its goroutine offers the event of the first one to the consumer.
+// served. Its goroutine offers the event of the first one to the consumer, if
+// that was not waiting already.
 // The fields are guarded by the lock of the table.
 type processFeed struct {
 	table *processTable
-	wake  chan struct{} // has a token when the offer is to be looked at again
+	wake  chan struct{}        // has a token when the offer is to be looked at again
+	c     chan<- *ProcessEvent // nil before run; nobody sends once closed is set
 
 	watches watchList // that have not ended
 	ready   watchList // that have something to tell
@@ -326,6 +328,9 @@ type processFeed struct {
 // run offers events to the consumer until ctx is done.
 func (f *processFeed) run(ctx context.Context, c chan<- *ProcessEvent) error {
 	defer f.close()
+	f.table.mu.Lock()
+	f.c = c
+	f.table.mu.Unlock()
 	for sent := false; ctx.Err() == nil; {
 		event, err := f.next(sent)
 		if err != nil {
@@ -371,22 +376,40 @@ func (f *processFeed) conclude(sent bool) {
 	}
 	f.offered = nil
 	if sent {
-		w.told++
-		if w.queued && w.pending() == 0 {
-			f.unqueue(w)
-		}
-		if w.told == w.until && !w.ended {
-			w.ended = true
-			f.watches.remove(w, ofOwner)
-		}
+		f.received(w)
 	}
 	f.table.changed.Broadcast()
 }
 
-// queue lets w wait for the consumer.
+// received notes that an event of w was.
+func (f *processFeed) received(w *Watch) {
+	w.told++
+	if w.queued && w.pending() == 0 {
+		f.unqueue(w)
+	}
+	if w.told == w.until && !w.ended {
+		w.ended = true
+		f.watches.remove(w, ofOwner)
+	}
+}
+
+// queue hands what w has to tell to the consumer, if that is waiting and
+// nobody is before w: no other goroutine has to wake up for it. Otherwise it lets
+// w wait.
 func (f *processFeed) queue(w *Watch) {
 	if w.queued {
 		return
+	}
+	for ahead := f.offered != nil || f.ready.first != nil; !ahead; {
+		select {
+		case f.c <- w.event():
+			f.received(w)
+			if w.pending() == 0 {
+				return
+			}
+		default:
+			ahead = true
+		}
 	}
 	w.queued = true
 	f.ready.push(w, ofQueue)

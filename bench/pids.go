@@ -38,7 +38,7 @@ func benchPids(b *bench) error {
 	if !b.wants("pids/among many") && !b.wants("pids/watches") {
 		return nil
 	}
-	others, err := h.fork(b.scale(manyProcesses, 500))
+	others, err := h.many(b.scale(manyProcesses, 500))
 	if err != nil {
 		return err
 	}
@@ -66,7 +66,7 @@ type sentry struct {
 
 // How a process is forked and ended for a sentry.
 type fate struct {
-	fork func(n int) ([]int, error)
+	fork func() (pid int, err error)
 	exit string // the command
 	reap func(pid int) error
 }
@@ -89,18 +89,17 @@ func (h *herder) ownChild() fate {
 	}}
 }
 
-// exits lets n processes end, one after the other, and measures from their call
-// of exit(2) to being seen.
+// exits lets n processes end, one after the other, and measures from just
+// before their call of exit_group(2) to being seen.
 func (h *herder) exits(s *sampler, n int, f fate, y *sentry) error {
 	if s.warmup {
 		n = min(n, 5)
 	}
 	for range n {
-		pids, err := f.fork(1)
+		pid, err := f.fork()
 		if err != nil {
 			return err
 		}
-		pid := pids[0]
 		if err := y.watch(pid); err != nil {
 			return err
 		}
@@ -237,17 +236,17 @@ func benchFanOut(b *bench, h *herder) error {
 func fanOutStreams(b *bench, h *herder, n int, s *sampler) error {
 	ctx, cancel := context.WithCancel(b.ctx)
 	defer cancel()
-	pids, err := h.fork(1)
+	pid, err := h.fork()
 	if err != nil {
 		return err
 	}
 	streams := make([]*kernstream.Stream[*kernstream.ProcessEvent], n)
 	for i := range streams {
-		if streams[i], err = kernstream.WatchProcess(ctx, kernstream.PID(pids[0]), nil); err != nil {
+		if streams[i], err = kernstream.WatchProcess(ctx, kernstream.PID(pid), nil); err != nil {
 			return err
 		}
 	}
-	if err := h.tell("exit", pids[0]); err != nil {
+	if err := h.tell("exit", pid); err != nil {
 		return err
 	}
 	var begin time.Time
@@ -260,11 +259,11 @@ func fanOutStreams(b *bench, h *herder, n int, s *sampler) error {
 		}
 	}
 	s.addTime(time.Since(begin))
-	return h.tell("reap", pids[0])
+	return h.tell("reap", pid)
 }
 
 func fanOutWatcher(b *bench, h *herder, n int, s *sampler) error {
-	pids, err := h.fork(1)
+	pid, err := h.fork()
 	if err != nil {
 		return err
 	}
@@ -274,11 +273,11 @@ func fanOutWatcher(b *bench, h *herder, n int, s *sampler) error {
 	}
 	defer w.Close()
 	for range n {
-		if _, err := w.Watch(kernstream.PID(pids[0]), nil); err != nil {
+		if _, err := w.Watch(kernstream.PID(pid), nil); err != nil {
 			return err
 		}
 	}
-	if err := h.tell("exit", pids[0]); err != nil {
+	if err := h.tell("exit", pid); err != nil {
 		return err
 	}
 	var begin time.Time
@@ -291,7 +290,7 @@ func fanOutWatcher(b *bench, h *herder, n int, s *sampler) error {
 		}
 	}
 	s.addTime(time.Since(begin))
-	return h.tell("reap", pids[0])
+	return h.tell("reap", pid)
 }
 
 // fanOutBare sends one element into each of n channels that have room.

@@ -3,14 +3,11 @@ package main
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
-	"runtime"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -19,19 +16,19 @@ import (
 )
 
 // The herd is another process of this program that forks as many processes as
-// a case needs. They are copies of it that sleep in the kernel, with a word of
-// memory each that they share with it, by which they are woken to end.
+// a case needs. They are very small, so that little is measured of what the
+// kernel does for any process that ends (see sleeper).
 //
 // It reads commands from its standard input, a line each, and answers each with
 // a line. It ends with its input, and kills what is left of the herd.
 //
-//	fork N      forks N processes; the answer is their numbers
-//	child N     the same, but they are children of whoever started the herd
+//	many N      forks N processes that sleep for ever; the answer is their numbers
+//	fork        forks one that can be let end; the answer is its number
+//	child       the same, but it is a child of whoever started the herd
 //	exit PID    lets one end, some time after the answer, which says nothing
-//	stamp PID   the answer is when that one called exit(2) (CLOCK_MONOTONIC, ns)
+//	mind PID    does that, and waits for it at once
+//	stamp PID   the answer is when that one was about to end (CLOCK_MONOTONIC, ns)
 //	reap PID    waits for one
-//	mind PID    lets one end as exit does, and waits for it at once
-//	kill        kills all that are left, and waits for them
 
 // herdVar is set in the herd.
 const herdVar = "KERNSTREAM_BENCH_HERD"
@@ -40,20 +37,16 @@ const herdVar = "KERNSTREAM_BENCH_HERD"
 // comes to rest.
 const herdPause = 2 * time.Millisecond
 
-// A stall is the place of one process in the shared memory.
-type stall struct {
-	wake  uint32 // a futex; not 0: end
-	_     uint32
-	stamp unix.Timespec // of the end
+type herd struct {
+	sleeper string         // the path of the program
+	never   *os.File       // what nobody writes to
+	members map[int]*beast // by process ID
 }
 
-const stalls = 1 << 15
-
-type herd struct {
-	places *[stalls]stall
-	pid    map[int]int // its place
-	ours   map[int]bool
-	used   int
+// A beast is a process of the herd.
+type beast struct {
+	in, out *os.File // it ends when there is something to read; then it says when
+	ours    bool     // it is a child of the herd that was not reaped
 }
 
 func herdMain() int {
@@ -65,14 +58,20 @@ func herdMain() int {
 }
 
 func serveHerd(in io.Reader, out io.Writer) error {
-	memory, err := unix.Mmap(-1, 0, int(unsafe.Sizeof([stalls]stall{})), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANON)
+	h := &herd{members: map[int]*beast{}}
+	program, err := newSleeper()
 	if err != nil {
-		return os.NewSyscallError("mmap", err)
+		return err
 	}
-	h := &herd{places: (*[stalls]stall)(unsafe.Pointer(&memory[0])), pid: map[int]int{}, ours: map[int]bool{}}
+	defer program.Close()
+	h.sleeper = fmt.Sprint("/proc/self/fd/", program.Fd())
+	never, end, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer end.Close()
+	h.never = never
 	defer h.kill()
-	// A fork copies what the forking process has mapped.
-	runtime.GC()
 	for commands := bufio.NewScanner(in); commands.Scan(); {
 		name, arg, _ := strings.Cut(commands.Text(), " ")
 		n, _ := strconv.Atoi(arg)
@@ -94,79 +93,80 @@ func serveHerd(in io.Reader, out io.Writer) error {
 // do executes a command; after is to be called some time after the answer.
 func (h *herd) do(name string, n int) (answer string, after func(), err error) {
 	switch name {
+	case "many":
+		answer, err = h.many(n)
 	case "fork":
-		answer, err = h.fork(n, 0)
+		answer, err = h.fork(0)
 	case "child":
-		answer, err = h.fork(n, unix.CLONE_PARENT)
+		answer, err = h.fork(unix.CLONE_PARENT)
 	case "exit":
-		after = func() { h.end(n) }
+		after = h.members[n].end
 	case "mind":
 		after = func() {
-			h.end(n)
+			h.members[n].end()
 			h.reap(n)
 		}
 	case "stamp":
-		answer = fmt.Sprint(h.places[h.pid[n]].stamp.Nano())
+		answer, err = h.members[n].stamp()
 	case "reap":
 		h.reap(n)
-	case "kill":
-		h.kill()
 	default:
 		err = fmt.Errorf("unknown command %q", name)
 	}
 	return answer, after, err
 }
 
-func (h *herd) fork(n int, flags uintptr) (string, error) {
+// many forks processes that share what they sleep on, which saves descriptors.
+func (h *herd) many(n int) (string, error) {
 	var pids strings.Builder
 	for range n {
-		if h.used == stalls {
-			return "", errors.New("the herd is too large")
+		pid, err := h.exec(h.never, h.never, 0)
+		if err != nil {
+			return "", err
 		}
-		place := h.used
-		h.used++
-		h.places[place] = stall{}
-		pid, errno := forkSleeper(&h.places[place], flags|uintptr(unix.SIGCHLD))
-		if errno != 0 {
-			return "", os.NewSyscallError("clone", errno)
-		}
-		h.pid[pid], h.ours[pid] = place, flags == 0
+		h.members[pid] = &beast{ours: true}
 		fmt.Fprint(&pids, pid, " ")
 	}
 	return pids.String(), nil
 }
 
-// forkSleeper forks a process that sleeps until it is woken, notes the time and
-// ends. Between the fork and the end there are system calls only: the copy has
-// no other threads, and no runtime that works.
-//
-//go:norace
-//go:nosplit
-func forkSleeper(place *stall, flags uintptr) (pid int, errno syscall.Errno) {
-	r, _, errno := syscall.RawSyscall6(syscall.SYS_CLONE, flags, 0, 0, 0, 0, 0)
-	if r != 0 || errno != 0 {
-		return int(r), errno
+func (h *herd) fork(flags uintptr) (string, error) {
+	theirs, in, err := os.Pipe()
+	if err != nil {
+		return "", err
 	}
-	for atomic.LoadUint32(&place.wake) == 0 {
-		const futexWait = 0
-		syscall.RawSyscall6(syscall.SYS_FUTEX, uintptr(unsafe.Pointer(&place.wake)), futexWait, 0, 0, 0, 0)
+	defer theirs.Close()
+	out, says, err := os.Pipe()
+	if err != nil {
+		return "", err
 	}
-	syscall.RawSyscall(syscall.SYS_CLOCK_GETTIME, unix.CLOCK_MONOTONIC, uintptr(unsafe.Pointer(&place.stamp)), 0)
-	for {
-		syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 0, 0, 0)
-	}
+	defer says.Close()
+	pid, err := h.exec(theirs, says, flags)
+	h.members[pid] = &beast{in: in, out: out, ours: flags == 0}
+	return strconv.Itoa(pid), err
 }
 
-func (h *herd) end(pid int) {
-	const futexWake = 1
-	place := &h.places[h.pid[pid]]
-	atomic.StoreUint32(&place.wake, 1)
-	unix.Syscall6(unix.SYS_FUTEX, uintptr(unsafe.Pointer(&place.wake)), futexWake, 1, 0, 0, 0)
+func (h *herd) exec(in, out *os.File, flags uintptr) (pid int, err error) {
+	return syscall.ForkExec(h.sleeper, []string{"sleeper"}, &syscall.ProcAttr{
+		Files: []uintptr{in.Fd(), out.Fd()},
+		Sys:   &syscall.SysProcAttr{Cloneflags: flags},
+	})
+}
+
+func (b *beast) end() { b.in.Write([]byte{1}) }
+
+func (b *beast) stamp() (string, error) {
+	var t unix.Timespec
+	defer b.in.Close()
+	defer b.out.Close()
+	_, err := io.ReadFull(b.out, unsafe.Slice((*byte)(unsafe.Pointer(&t)), unsafe.Sizeof(t)))
+	return strconv.FormatInt(t.Nano(), 10), err
 }
 
 func (h *herd) reap(pid int) {
 	for {
 		if _, err := unix.Wait4(pid, nil, 0, nil); err != unix.EINTR {
+			h.members[pid].ours = false // its number may be another's from here on
 			return
 		}
 	}
@@ -174,16 +174,16 @@ func (h *herd) reap(pid int) {
 
 // kill ends what is left.
 func (h *herd) kill() {
-	for pid := range h.pid {
-		unix.Kill(pid, unix.SIGKILL)
+	for pid, b := range h.members {
+		if b.ours {
+			unix.Kill(pid, unix.SIGKILL)
+		}
 	}
-	for pid := range h.pid {
-		if h.ours[pid] {
+	for pid, b := range h.members {
+		if b.ours {
 			h.reap(pid)
 		}
 	}
-	clear(h.pid)
-	h.used = 0
 }
 
 // A herder is the herd as the bench sees it.
@@ -197,13 +197,9 @@ func startHerd(ctx context.Context) (*herder, error) {
 	return &herder{a}, nil
 }
 
-// fork returns n processes that are somebody else's children, and child n that
-// are this program's.
-func (h *herder) fork(n int) ([]int, error)  { return h.numbers("fork", n) }
-func (h *herder) child(n int) ([]int, error) { return h.numbers("child", n) }
-
-func (h *herder) numbers(command string, n int) ([]int, error) {
-	text, err := h.ask(fmt.Sprint(command, " ", n))
+// many returns n processes that are somebody else's children and stay.
+func (h *herder) many(n int) ([]int, error) {
+	text, err := h.ask(fmt.Sprint("many ", n))
 	if err != nil {
 		return nil, err
 	}
@@ -218,13 +214,23 @@ func (h *herder) numbers(command string, n int) ([]int, error) {
 	return pids, nil
 }
 
+// fork returns a process that is somebody else's child, and child one that is
+// this program's.
+func (h *herder) fork() (pid int, err error)  { return h.number("fork") }
+func (h *herder) child() (pid int, err error) { return h.number("child") }
+
+func (h *herder) number(command string) (int, error) {
+	n, err := h.do(command)
+	return int(n), err
+}
+
 // tell lets the herd do something to a process.
 func (h *herder) tell(command string, pid int) error {
 	_, err := h.ask(fmt.Sprint(command, " ", pid))
 	return err
 }
 
-// stamp returns when a process called exit(2).
+// stamp returns when a process was about to end.
 func (h *herder) stamp(pid int) (int64, error) { return h.do(fmt.Sprint("stamp ", pid)) }
 
 // now is CLOCK_MONOTONIC in ns.

@@ -1,0 +1,206 @@
+package pidfd
+
+import (
+	"encoding/binary"
+	"errors"
+	"os"
+	"os/exec"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/testenv"
+)
+
+// child starts a shell that runs script when its input is closed, and opens it.
+func child(t *testing.T, script string) (fd int, cmd *exec.Cmd, end func()) {
+	t.Helper()
+	cmd = exec.Command("/bin/sh", "-c", "read x; "+script)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if fd, err = unix.PidfdOpen(cmd.Process.Pid, 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in.Close()
+		cmd.Wait()
+		unix.Close(fd)
+	})
+	return fd, cmd, func() {
+		t.Helper()
+		in.Close()
+		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			if state, _ := Poll(fd); state != Running {
+				return
+			}
+		}
+		t.Fatal("the child does not end")
+	}
+}
+
+// TestLife: what can be asked in each state of a child. Its status is known from
+// the zombie on, without reaping it, and from Linux 6.15 on when it was reaped.
+func TestLife(t *testing.T) {
+	fd, cmd, end := child(t, "exit 7")
+	check := func(name string, want State, unreaped, status bool) {
+		t.Helper()
+		if state, err := Poll(fd); state != want || err != nil {
+			t.Errorf("%s: state %d, %v; want %d", name, state, err, want)
+		}
+		if got := Unreaped(fd); got != unreaped {
+			t.Errorf("%s: unreaped is %v", name, got)
+		}
+		for range 2 {
+			if got, ok, err := ChildStatus(fd); ok != status || err != nil || ok && got != 7<<8 {
+				t.Errorf("%s: status %#x, %v, %v", name, got, ok, err)
+			}
+		}
+	}
+	check("running", Running, true, false)
+	id, err := ID(fd)
+	if err != nil || HasID() != testenv.KernelAtLeast(6, 9) {
+		t.Errorf("ID %d, %v; has ID: %v", id, err, HasID())
+	}
+	infos := testenv.KernelAtLeast(6, 13)
+	info, err := GetInfo(fd)
+	if infos && (err != nil || !info.HasPID || info.PID != cmd.Process.Pid || info.TGID != cmd.Process.Pid || info.HasStatus) {
+		t.Errorf("running: %+v, %v", info, err)
+	}
+	if !infos && !errors.Is(err, unix.ENOTTY) && !errors.Is(err, unix.EINVAL) {
+		t.Errorf("PIDFD_GET_INFO on an old kernel: %v", err)
+	}
+	end()
+	check("zombie", Exited, true, true)
+	if info, err := GetInfo(fd); infos && (err != nil || info.HasStatus) {
+		t.Errorf("zombie: %+v, %v; want no status", info, err)
+	}
+	cmd.Wait()
+	last := Reaped
+	if !HasID() {
+		last = Exited
+	}
+	check("reaped", last, false, false)
+	info, err = GetInfo(fd)
+	if testenv.KernelAtLeast(6, 15) && (err != nil || !info.HasStatus || info.Status != 7<<8 || info.HasPID) {
+		t.Errorf("reaped: %+v, %v", info, err)
+	}
+	if again, err := ID(fd); again != id || err != nil {
+		t.Errorf("ID %d after the reaping, %v; want %d", again, err, id)
+	}
+}
+
+// TestSignals: the status of a child is in the form of wait(2), however it
+// ended.
+func TestSignals(t *testing.T) {
+	for _, script := range []string{"exit 0", "exit 255", "kill -KILL $$", "kill -TERM $$", "ulimit -c 0; kill -SEGV $$"} {
+		fd, cmd, end := child(t, script)
+		end()
+		status, ok, err := ChildStatus(fd)
+		cmd.Wait()
+		if want := cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || err != nil || syscall.WaitStatus(status) != want {
+			t.Errorf("%s: %#x, %v, %v; want %#x", script, status, ok, err, want)
+		}
+	}
+}
+
+// TestNoPidfd: a descriptor of something else is an error everywhere.
+func TestNoPidfd(t *testing.T) {
+	r, _, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	for _, fd := range []int{int(r.Fd()), -1} {
+		if _, _, err := ChildStatus(fd); !errors.Is(err, unix.EBADF) && !errors.Is(err, unix.EINVAL) {
+			t.Errorf("ChildStatus(%d): %v", fd, err)
+		}
+		if _, err := GetInfo(fd); err == nil {
+			t.Errorf("GetInfo(%d): no error", fd)
+		}
+		if Unreaped(fd) {
+			t.Errorf("Unreaped(%d)", fd)
+		}
+	}
+	if _, err := Poll(9999); !errors.Is(err, unix.EBADF) {
+		t.Errorf("Poll of no descriptor: %v", err)
+	}
+	if _, err := ID(-1); !errors.Is(err, unix.EBADF) {
+		t.Errorf("ID of no descriptor: %v", err)
+	}
+}
+
+// TestDecodeInfo: the fields are where the kernel's header has them.
+func TestDecodeInfo(t *testing.T) {
+	b := make([]byte, 80)
+	for i := range b {
+		b[i] = byte(i)
+	}
+	set := func(mask uint64) { binary.NativeEndian.PutUint64(b, mask) }
+	set(unix.PIDFD_INFO_PID)
+	want := Info{HasPID: true, PID: int(binary.NativeEndian.Uint32([]byte{16, 17, 18, 19})), TGID: int(binary.NativeEndian.Uint32([]byte{20, 21, 22, 23}))}
+	if got, ok := DecodeInfo(b); !ok || got != want {
+		t.Errorf("%+v, %v; want %+v", got, ok, want)
+	}
+	set(unix.PIDFD_INFO_EXIT)
+	want = Info{HasStatus: true, Status: binary.NativeEndian.Uint32([]byte{60, 61, 62, 63})}
+	if got, ok := DecodeInfo(b); !ok || got != want {
+		t.Errorf("%+v, %v; want %+v", got, ok, want)
+	}
+	if _, ok := DecodeInfo(b[:63]); ok {
+		t.Error("a text that is too short was decoded")
+	}
+	if getInfo>>ioctlSizeShift&ioctlSizeMask != infoSize || getInfo&0xffff != 0xff0b {
+		t.Errorf("the request is %#x", uint32(getInfo))
+	}
+}
+
+// TestDecodeSiginfo: the fields are where each architecture has them, and each
+// code becomes a status.
+func TestDecodeSiginfo(t *testing.T) {
+	for name, l := range map[string]layout{
+		"64 bits": {code: 8, pid: 16, status: 24}, "32 bits": {code: 8, pid: 12, status: 20}, "mips": {code: 4, pid: 12, status: 20},
+	} {
+		for _, test := range []struct {
+			pid, code, value, want uint32
+			ok                     bool
+		}{
+			{0, 0, 0, 0, false},
+			{7, codeExited, 0, 0, true},
+			{7, codeExited, 255, 255 << 8, true},
+			{7, codeExited, 0x1ff, 255 << 8, true},
+			{7, codeKilled, 9, 9, true},
+			{7, codeDumped, 11, 0x8b, true},
+			{7, 4, 5, 0, false}, // CLD_TRAPPED
+		} {
+			b := make([]byte, siginfoSize)
+			binary.NativeEndian.PutUint32(b[l.pid:], test.pid)
+			binary.NativeEndian.PutUint32(b[l.code:], test.code)
+			binary.NativeEndian.PutUint32(b[l.status:], test.value)
+			if got, ok := decodeSiginfo(b, l); got != test.want || ok != test.ok {
+				t.Errorf("%s: %+v gave %#x, %v", name, test, got, ok)
+			}
+		}
+	}
+}
+
+// FuzzDecode: nothing panics.
+func FuzzDecode(f *testing.F) {
+	f.Add(make([]byte, siginfoSize))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if info, ok := DecodeInfo(b); ok && len(b) < infoSize || !info.HasStatus && info.Status != 0 {
+			t.Errorf("%+v, %v of %d bytes", info, ok, len(b))
+		}
+		if len(b) >= siginfoSize {
+			if status, ok := decodeSiginfo(b, siginfoLayout()); !ok && status != 0 || status > 0xffff {
+				t.Errorf("status %#x, %v", status, ok)
+			}
+		}
+	})
+}
