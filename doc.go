@@ -12,8 +12,9 @@
 //	}
 //	return w.Err()
 //
-// The sources are the mount table ([Mounts], [WatchMounts]), and whatever a
-// program makes of [NewStream].
+// The sources are the mount table ([Mounts], [WatchMounts]), the ends of
+// processes ([WatchProcess], [NewProcessWatcher]), and whatever a program makes
+// of [NewStream].
 //
 // # What every stream promises
 //
@@ -75,6 +76,8 @@
 //
 //   - Mounts: what happens while an event waits to be received is merged into
 //     it. The steps in between are lost, the last state never.
+//   - Processes: nothing is lost. Each watch keeps what is known of its process,
+//     two events at most, until they are received.
 //
 // # Privileges and kernels
 //

@@ -2,9 +2,11 @@ package kernstream_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log"
 	"os"
+	"os/exec"
 	"os/signal"
 	"time"
 
@@ -184,4 +186,106 @@ func ExampleMerge() {
 	}
 	fmt.Println(n, all.Err())
 	// Output: 5 <nil>
+}
+
+// Wait for a process that need not be a child.
+func ExampleWatchProcess() {
+	cmd := exec.Command("sh", "-c", "exit 3")
+	if err := cmd.Start(); err != nil {
+		log.Fatal(err)
+	}
+	s, err := kernstream.WatchProcess(context.Background(), kernstream.OfProcess(cmd.Process), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for e := range s.C {
+		fmt.Println(e.Phase, e.Status.ExitStatus())
+	}
+	fmt.Println(s.Err())
+	cmd.Wait() // it is still there to be waited for
+	// Output:
+	// exited 3
+	// <nil>
+}
+
+// One channel tells the ends of many processes.
+func ExampleProcessWatcher() {
+	w, err := kernstream.NewProcessWatcher(context.Background(), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer w.Close()
+	for code := range 3 {
+		cmd := exec.Command("sh", "-c", fmt.Sprint("exit ", code))
+		if _, err := w.Start(cmd, &kernstream.ProcessOptions{Tag: cmd}); err != nil {
+			log.Fatal(err)
+		}
+	}
+	sum := 0
+	for range 3 {
+		e := <-w.C
+		sum += e.Status.ExitStatus()
+		e.Tag.(*exec.Cmd).Wait()
+	}
+	fmt.Println(sum)
+	// Output: 3
+}
+
+// A Process can be watched at any time, also when it is long gone.
+func ExampleProcessWatcher_Open() {
+	w, err := kernstream.NewProcessWatcher(context.Background(), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer w.Close()
+	cmd := exec.Command("sh", "-c", "read line")
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		log.Fatal(err)
+	}
+	p, err := w.Open(kernstream.OfProcess(cmd.Process))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer p.Close()
+	stdin.Close()
+	cmd.Wait()
+	if _, err := p.Watch(nil); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println((<-w.C).Process == p.ID())
+	// Output: true
+}
+
+// A process that was saved is found again, and no other is taken for it.
+func ExampleSaved() {
+	w, err := kernstream.NewProcessWatcher(context.Background(), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer w.Close()
+	watch, err := w.Watch(kernstream.PID(os.Getpid()), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	text, err := watch.ID().MarshalText() // to a file, say
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	var id kernstream.ProcessID
+	if err := id.UnmarshalText(text); err != nil {
+		log.Fatal(err)
+	}
+	_, err = w.Watch(kernstream.Saved(id), nil)
+	fmt.Println(err)
+	id.ID++ // another process that had this number
+	_, err = w.Watch(kernstream.Saved(id), nil)
+	fmt.Println(errors.Is(err, os.ErrProcessDone))
+	// Output:
+	// <nil>
+	// true
 }
