@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -50,6 +51,7 @@ type beast struct {
 }
 
 func herdMain() int {
+	runtime.LockOSThread() // what it forks dies with this thread
 	if err := serveHerd(os.Stdin, os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "bench: herd:", err)
 		return 1
@@ -147,10 +149,11 @@ func (h *herd) fork(flags uintptr) (string, error) {
 }
 
 func (h *herd) exec(in, out *os.File, flags uintptr) (pid int, err error) {
-	return syscall.ForkExec(h.sleeper, []string{"sleeper"}, &syscall.ProcAttr{
-		Files: []uintptr{in.Fd(), out.Fd()},
-		Sys:   &syscall.SysProcAttr{Cloneflags: flags},
-	})
+	attributes := &syscall.SysProcAttr{Cloneflags: flags}
+	if flags == 0 { // somebody else's child would take us for a parent that is dead
+		attributes.Pdeathsig = syscall.SIGKILL
+	}
+	return syscall.ForkExec(h.sleeper, []string{"sleeper"}, &syscall.ProcAttr{Files: []uintptr{in.Fd(), out.Fd()}, Sys: attributes})
 }
 
 func (b *beast) end() { b.in.Write([]byte{1}) }
@@ -195,6 +198,13 @@ func startHerd(ctx context.Context) (*herder, error) {
 		return nil, err
 	}
 	return &herder{a}, nil
+}
+
+// close ends the herd, when that has killed what is left.
+func (h *herder) close() {
+	h.in.Close()
+	h.wait()
+	h.stop()
 }
 
 // many returns n processes that are somebody else's children and stay.
