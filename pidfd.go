@@ -147,7 +147,8 @@ type processStream struct {
 	Stream[*ProcessEvent]
 	c chan *ProcessEvent // Stream.C, to send on
 
-	// Guarded by processes.mu, and the last two final once C is closed.
+	// Guarded by processes.mu, and the last two are final once C is closed.
+	first   *ProcessEvent   // to be sent next, if it was made already
 	watches *contextWatches // those with the same context; nil: it has no end
 	closed  bool            // C is
 	err     *error          // nil: it came to its natural end, or was closed

@@ -467,6 +467,55 @@ func TestProcessNamespaces(t *testing.T) {
 	}
 }
 
+// TestProcessOfOtherNumbers: where /proc numbers processes in another way than
+// the program does, the status of a zombie is still that of the right one.
+func TestProcessOfOtherNumbers(t *testing.T) {
+	testenv.NoLeaks(t)
+	inner := newKeeper(t, pidNamespace(t))
+	if n := inner.do("pid"); n != "1" {
+		t.Fatalf("the process in the namespace has number %s there", n)
+	}
+	file := filepath.Join(t.TempDir(), "number")
+	// A shell that has a zombie, and becomes a program that knows of no child.
+	parent := inner.fork(fmt.Sprintf("(sleep 0.1; exit 14) & echo $! >%s; exec sleep 1000", file))
+	defer inner.do("kill", fmt.Sprint(parent))
+	inner.end(parent)
+	var zombie string
+	for deadline := time.Now().Add(patience); zombie == "" && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		text, _ := os.ReadFile(file)
+		zombie = strings.TrimSpace(string(text))
+	}
+	inner.do("watch", zombie)
+	if e := inner.event(); fmt.Sprint(e.PID) != zombie || !e.StatusKnown || *e.ExitCode != 14 {
+		t.Errorf("event %+v; want status 14 of %s", e, zombie)
+	}
+}
+
+// TestProcessWithoutProc: without /proc, the ends of processes are told all the
+// same, and the status of children.
+func TestProcessWithoutProc(t *testing.T) {
+	testenv.NeedMounts(t)
+	testenv.NoLeaks(t)
+	keeper := newKeeper(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS})
+	pid := keeper.fork("exit 15")
+	v := newVictim(t, "exit 16")
+	keeper.do("hide proc")
+	keeper.do("watch", fmt.Sprint(pid))
+	keeper.end(pid)
+	if e := keeper.event(); e.PID != pid || !e.StatusKnown || *e.ExitCode != 15 {
+		t.Errorf("event %+v; want status 15", e)
+	}
+	keeper.do("watch", fmt.Sprint(v.pid()))
+	v.end()
+	if e := keeper.event(); e.PID != v.pid() || e.StatusKnown {
+		t.Errorf("event %+v; want the exit, without a status", e)
+	}
+	text := keeper.do("errors", fmt.Sprint(1<<30))
+	if !strings.HasPrefix(text, "done true, permission false, unsupported false") {
+		t.Error(text)
+	}
+}
+
 // TestProcessPidfdOfReaped: a pidfd of a process that was reaped still has its
 // end to tell, with the status where the kernel keeps it.
 func TestProcessPidfdOfReaped(t *testing.T) {
@@ -548,10 +597,18 @@ func init() {
 func TestProcessThreadPidfd(t *testing.T) {
 	testenv.NeedKernel(t, 6, 9, "PIDFD_THREAD")
 	testenv.NoLeaks(t)
-	for _, tid := range []int{os.Getpid(), otherThread(t)} {
-		file := pidfdFile(t, tid, unix.PIDFD_THREAD)
+	own, other := pidfdFile(t, os.Getpid(), unix.PIDFD_THREAD), pidfdFile(t, otherThread(t), unix.PIDFD_THREAD)
+	files := []*os.File{own, other}
+	// A descriptor that was opened again does not say what it is of.
+	again, err := unix.Open(fmt.Sprint("/proc/self/fd/", other.Fd()), unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err == nil {
+		file := os.NewFile(uintptr(again), "again")
+		defer file.Close()
+		files = append(files, file)
+	}
+	for _, file := range files {
 		if s, err := kernstream.WatchProcess(t.Context(), kernstream.PidFD(file), nil); !errors.Is(err, unix.EINVAL) || !strings.Contains(fmt.Sprint(err), "thread") || s != nil {
-			t.Errorf("WatchProcess of thread %d returned %v", tid, err)
+			t.Errorf("WatchProcess of a thread by %s returned %v", file.Name(), err)
 		}
 	}
 }

@@ -12,7 +12,8 @@ import (
 // How a process ended, as early as the kernel tells, and without reaping it.
 
 // findStatus finds out the status of a process that has just ended, and returns
-// its state after that. procIsOurs tells that p.pid is its number in /proc.
+// its state after that: Running if that will change at once. procIsOurs tells
+// that p.pid is its number in /proc.
 func (p *process) findStatus(state pidfd.State, procIsOurs bool) pidfd.State {
 	if state == pidfd.Reaped {
 		return state // findReapedStatus
@@ -27,15 +28,21 @@ func (p *process) findStatus(state pidfd.State, procIsOurs bool) pidfd.State {
 	if !procIsOurs {
 		number, _ = procNumber(fd)
 	}
-	if number <= 0 {
-		return state
+	var stat procfs.Stat
+	readable := false
+	if number > 0 {
+		stat, readable = readStat(number)
 	}
-	stat, ok := readStat(number)
 	// A number that the process still has after the read was its during it.
 	if after, err := pidfd.Poll(fd); err == nil && after == pidfd.Reaped {
 		return after
 	}
-	if !ok || stat.State != 'Z' || !pidfd.HasID() && !pidfd.Unreaped(fd) {
+	switch {
+	case readable && stat.State == 'X' && pidfd.HasID():
+		// It is being reaped, and the status is between two places. The edge
+		// that follows finds it in the other.
+		return pidfd.Running
+	case !readable || stat.State != 'Z' || !pidfd.HasID() && !pidfd.Unreaped(fd):
 		return state
 	}
 	// To those who may not know the status, the kernel shows a 0.

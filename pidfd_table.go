@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 
@@ -230,6 +231,14 @@ func (t *processTable) loop(set *poller.Set[*process], done chan<- struct{}) {
 		for _, r := range ready[:n] {
 			t.look(r.Value, stateOf(r.Events), now, &d)
 		}
+		t.mu.Unlock()
+		// Consumers first, on this thread, which is awake: giving descriptors
+		// back takes as long as waking another one.
+		runtime.Gosched()
+		t.mu.Lock()
+		for _, r := range ready[:n] {
+			t.settle(r.Value, &d)
+		}
 		if err != nil && t.set == set {
 			t.fail(processError("epoll_wait", "", err), &d)
 		}
@@ -248,14 +257,18 @@ func stateOf(events uint32) pidfd.State {
 	return pidfd.Exited
 }
 
-// look notes that p has come to state, and tells its watches.
+// look notes that p has come to state, and tells its watches. The caller settles
+// p.
 func (t *processTable) look(p *process, state pidfd.State, now time.Time, d *departures) {
 	if p.fd < 0 || state == pidfd.Running {
 		return
 	}
 	if p.end == nil {
 		p.end = &processEnd{id: p.processID()}
-		state = p.findStatus(state, t.procIsOurs)
+		if state = p.findStatus(state, t.procIsOurs); state == pidfd.Running {
+			p.end = nil
+			return
+		}
 		p.see(Exited, now)
 	}
 	if state == pidfd.Reaped && p.known <= uint8(Reaped) {
@@ -264,12 +277,19 @@ func (t *processTable) look(p *process, state pidfd.State, now time.Time, d *dep
 		}
 		p.see(Reaped, now)
 	}
+	// Three rounds, so that a consumer of many streams finds an event in each,
+	// and does not fall asleep between them.
+	for w := p.watches.first; w != nil; w = w.links[ofProcess].next {
+		w.prepare()
+	}
+	for w := p.watches.first; w != nil; w = w.links[ofProcess].next {
+		w.send()
+	}
 	for w := p.watches.first; w != nil; {
 		next := w.links[ofProcess].next
-		t.tell(w, d)
+		t.conclude(w, d)
 		w = next
 	}
-	t.settle(p, d)
 }
 
 func (p *process) see(phase Phase, now time.Time) {
@@ -277,22 +297,39 @@ func (p *process) see(phase Phase, now time.Time) {
 	p.known = uint8(phase) + 1
 }
 
-// tell passes on to w what it has not been told.
-func (t *processTable) tell(w *Watch, d *departures) {
-	if w.pending() == 0 {
-		return
+// prepare makes the first event that a stream is to be told.
+func (w *Watch) prepare() {
+	if w.stream != nil && w.pending() > 0 {
+		w.stream.first = w.event()
 	}
-	if w.process.known >= w.until {
-		t.unhook(w)
-	}
-	if w.feed != nil {
-		w.feed.queue(w)
+}
+
+// send sends a stream what it has not been told; its channel has room for all.
+func (w *Watch) send() {
+	if w.stream == nil {
 		return
 	}
 	for ; w.pending() > 0; w.told++ {
-		w.stream.c <- w.event() // has room for all
+		e := w.stream.first
+		w.stream.first = nil
+		if e == nil {
+			e = w.event()
+		}
+		w.stream.c <- e
 	}
-	if w.told == w.until {
+}
+
+// conclude leaves w where it belongs, now that more is known of its process.
+func (t *processTable) conclude(w *Watch, d *departures) {
+	if w.process.known >= w.until {
+		t.unhook(w)
+	}
+	switch {
+	case w.feed != nil:
+		if w.pending() > 0 {
+			w.feed.queue(w)
+		}
+	case w.told == w.until:
 		t.endStream(w.stream, d)
 	}
 }
@@ -310,7 +347,9 @@ func (t *processTable) hook(w *Watch, p *process, d *departures) {
 	w.process = p
 	w.hooked = true
 	p.watches.push(w, ofProcess)
-	t.tell(w, d)
+	w.prepare()
+	w.send()
+	t.conclude(w, d)
 	t.settle(p, d)
 }
 
@@ -432,6 +471,7 @@ func (t *processTable) cancel(c *contextWatches) {
 			}
 			if state, err := pidfd.Poll(int(w.process.fd)); err == nil {
 				t.look(w.process, state, now, &d)
+				t.settle(w.process, &d)
 			}
 			if c.streams.first == w {
 				w.stream.err, w.stream.own = &cause, true

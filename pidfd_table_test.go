@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -219,6 +220,101 @@ func TestTableHoldsAContextOnce(t *testing.T) {
 	}
 	if n := holds(); n != 0 {
 		t.Errorf("%d contexts are held; want none", n)
+	}
+}
+
+// releasedContext counts who holds it.
+type releasedContext struct {
+	context.Context
+	mu    sync.Mutex
+	holds int
+}
+
+// Value keeps package context from finding the one inside.
+func (c *releasedContext) Value(any) any { return nil }
+
+// AfterFunc is what context.AfterFunc calls.
+func (c *releasedContext) AfterFunc(f func()) (stop func() bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.holds++
+	stop = context.AfterFunc(c.Context, f)
+	return func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.holds--
+		return stop()
+	}
+}
+
+// TestTableLetsGoOfContexts: a stream that has ended has no hold on its context,
+// and its goroutine has ended when C is closed.
+func TestTableLetsGoOfContexts(t *testing.T) {
+	testenv.NoLeaks(t)
+	child, in := sleepingChild(t)
+	parent, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	ctx := &releasedContext{Context: parent}
+	closed, err := WatchProcess(ctx, PID(child.Process.Pid), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	processes.mu.Lock()
+	loopDone := processes.loopDone
+	processes.mu.Unlock()
+	if ctx.holds != 1 {
+		t.Errorf("%d holds", ctx.holds)
+	}
+	closed.Close()
+	select {
+	case <-loopDone:
+	default:
+		t.Error("the goroutine runs after Close")
+	}
+	if ctx.holds != 0 {
+		t.Errorf("%d holds after Close", ctx.holds)
+	}
+	ended, err := WatchProcess(ctx, PID(child.Process.Pid), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in.Close()
+	<-ended.C
+	if _, ok := <-ended.C; ok || ctx.holds != 0 {
+		t.Errorf("%d holds after the end", ctx.holds)
+	}
+}
+
+// TestFeedKeepsTheOrder: a watch does not go before those that wait already,
+// however ready the consumer is.
+func TestFeedKeepsTheOrder(t *testing.T) {
+	c := make(chan *ProcessEvent, 8)
+	feed := &processFeed{table: newProcessTable(), wake: make(chan struct{}, 1), c: c}
+	p := &process{fd: -1, known: 1, end: &processEnd{}}
+	ready := func() *Watch {
+		w := newWatch(feed, nil)
+		w.process = p
+		feed.watches.push(w, ofOwner)
+		feed.queue(w)
+		return w
+	}
+	if w := ready(); len(c) != 1 || !w.ended || w.queued {
+		t.Errorf("%d events were sent to a consumer that waits", len(c))
+	}
+	feed.c = nil // the consumer is busy
+	first := ready()
+	feed.c = c
+	second := ready()
+	if len(c) != 1 || !first.queued || !second.queued {
+		t.Errorf("%d events; the second watch went before the first", len(c))
+	}
+	if _, err := feed.next(false); err != nil || feed.offered != first {
+		t.Error("the first does not come first")
+	}
+	feed.stop(second)
+	feed.unqueue(first) // it is on offer alone
+	if third := ready(); len(c) != 1 || !third.queued {
+		t.Errorf("%d events; the third watch went before the one on offer", len(c))
 	}
 }
 

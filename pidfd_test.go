@@ -235,6 +235,73 @@ func TestParityP4CloseLeavesWatches(t *testing.T) {
 	if id := p.ID(); id.PID != v.pid() {
 		t.Errorf("ID is %+v after Close", id)
 	}
+
+	// Closing one twice does not let go of another.
+	v = newVictim(t, "exit 5")
+	var both []*kernstream.Process
+	for range 2 {
+		p, err := w.Open(kernstream.PID(v.pid()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		both = append(both, p)
+	}
+	both[0].Close()
+	both[0].Close()
+	v.zombie(t)
+	time.Sleep(20 * time.Millisecond)
+	v.reap()
+	if _, err := both[1].Watch(nil); err != nil {
+		t.Fatal(err)
+	}
+	want(t, next(t, w.C), v.pid(), kernstream.Exited, exit(5))
+}
+
+// TestProcessIDAfterwards: the ID is there when the watch is over, although
+// nobody asked before.
+func TestProcessIDAfterwards(t *testing.T) {
+	testenv.NoLeaks(t)
+	w := newProcessWatcher(t)
+	v := newVictim(t, "exit 0")
+	id := idOf(t, v.pid())
+	stopped := watch(t, w, kernstream.PID(v.pid()), nil)
+	stopped.Stop()
+	closed, err := w.Open(kernstream.PID(v.pid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+	ended := watch(t, w, kernstream.PID(v.pid()), nil)
+	w.Close()
+	for _, got := range []kernstream.ProcessID{stopped.ID(), closed.ID(), ended.ID()} {
+		if got != id || id.ID == 0 {
+			t.Errorf("ID is %+v; want %+v", got, id)
+		}
+	}
+}
+
+// TestProcessCancelTakesBack: what a stream was told and has not been received
+// is not delivered after a cancel, nor after Close.
+func TestProcessCancelTakesBack(t *testing.T) {
+	testenv.NeedKernel(t, 6, 9, "EPOLLHUP of a pidfd")
+	testenv.NoLeaks(t)
+	v := newVictim(t, "exit 0")
+	v.zombie(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancelled := watchProcess(t, ctx, kernstream.PID(v.pid()), untilReaped)
+	closed := watchProcess(t, t.Context(), kernstream.PID(v.pid()), untilReaped)
+	time.Sleep(20 * time.Millisecond) // the first event is in C
+	cancel()
+	closed.Close()
+	for deadline := time.Now().Add(patience); cancelled.Err() == nil && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond) // a cancel takes effect in the background
+	}
+	if err := over(t, cancelled); err != context.Canceled {
+		t.Errorf("Err is %v", err)
+	}
+	if err := over(t, closed); err != nil {
+		t.Errorf("Err is %v", err)
+	}
 }
 
 // TestParityP5Stop: when Stop has returned, nothing of the watch is delivered,

@@ -408,6 +408,13 @@ func (k *keeping) obey(words []string) (string, error) {
 			return "", err
 		}
 		return "", unix.Mount("proc", "/proc", "proc", 0, "")
+	case "hide proc":
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return "", err
+		}
+		return "", unix.Mount("none", "/proc", "tmpfs", 0, "")
+	case "kill": // PID
+		return "", k.victims[word(1)].Process.Kill()
 	case "choose", "recycle", "hammer":
 		return obeyHammer(words)
 	}

@@ -32,6 +32,9 @@ func benchPids(b *bench) error {
 	if err := b.run("exit of a child to event", func() error { return benchChildToEvent(b, h) }); err != nil {
 		return err
 	}
+	if err := b.run("exit of a zombie to event", func() error { return benchZombieToEvent(b, h) }); err != nil {
+		return err
+	}
 	if err := b.run("fan-out", func() error { return benchFanOut(b, h) }); err != nil {
 		return err
 	}
@@ -71,14 +74,15 @@ type fate struct {
 	reap func(pid int) error
 }
 
-// stranger is the fate of a process that is a child of the herd.
+// stranger is the fate of a process that is a child of the herd, and is reaped
+// at once.
 func (h *herder) stranger() fate {
-	return fate{h.fork, "exit", func(pid int) error { return h.tell("reap", pid) }}
+	return fate{h.fork, "vanish", func(pid int) error { return h.tell("reap", pid) }}
 }
 
-// minded is that of one that is reaped at once.
-func (h *herder) minded() fate {
-	return fate{h.fork, "mind", func(int) error { return nil }}
+// zombie is that of one which stays a zombie until it has been seen.
+func (h *herder) zombie() fate {
+	return fate{h.fork, "exit", func(pid int) error { return h.tell("reap", pid) }}
 }
 
 // ownChild is that of a child of this program, which the sentry may reap.
@@ -143,7 +147,7 @@ func benchExitToEvent(b *bench, h *herder) error {
 		h.contend(b, "kernstream", n, h.stranger(), sentryOurs(nil)),
 		h.contend(b, "raw epoll", n, h.stranger(), sentryEpoll),
 		h.contend(b, "goroutine in poll(2)", n, h.stranger(), sentryPoll),
-		h.contend(b, "kill(pid, 0) every 100 ms", min(n, 5), h.minded(), sentryKill))
+		h.contend(b, "kill(pid, 0) every 100 ms", min(n, 5), h.stranger(), sentryKill))
 	if err != nil {
 		return err
 	}
@@ -153,6 +157,23 @@ func benchExitToEvent(b *bench, h *herder) error {
 	}
 	for i, f := range latencies("µs", microsecond) {
 		b.tell(o, 1, f, goals[i])
+	}
+	return nil
+}
+
+// benchZombieToEvent is the same for processes whose status is to be had from
+// /proc alone.
+func benchZombieToEvent(b *bench, h *herder) error {
+	n := b.perRound()
+	o, err := b.interleave(1,
+		h.contend(b, "kernstream", n, h.zombie(), sentryOurs(nil)),
+		h.contend(b, "raw epoll", n, h.zombie(), sentryEpoll),
+		h.contend(b, "raw epoll, and reads the status", n, h.zombie(), sentryEpollStatus))
+	if err != nil {
+		return err
+	}
+	for _, f := range latencies("µs", microsecond) {
+		b.tell(o, 1, f, nil)
 	}
 	return nil
 }

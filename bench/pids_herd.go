@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"runtime"
 	"strconv"
 	"strings"
@@ -27,7 +28,7 @@ import (
 //	fork        forks one that can be let end; the answer is its number
 //	child       the same, but it is a child of whoever started the herd
 //	exit PID    lets one end, some time after the answer, which says nothing
-//	mind PID    does that, and waits for it at once
+//	vanish PID  the same, and the kernel reaps it at once
 //	stamp PID   the answer is when that one was about to end (CLOCK_MONOTONIC, ns)
 //	reap PID    waits for one
 
@@ -102,12 +103,11 @@ func (h *herd) do(name string, n int) (answer string, after func(), err error) {
 	case "child":
 		answer, err = h.fork(unix.CLONE_PARENT)
 	case "exit":
+		signal.Reset(unix.SIGCHLD)
 		after = h.members[n].end
-	case "mind":
-		after = func() {
-			h.members[n].end()
-			h.reap(n)
-		}
+	case "vanish":
+		signal.Ignore(unix.SIGCHLD)
+		after = h.members[n].end
 	case "stamp":
 		answer, err = h.members[n].stamp()
 	case "reap":

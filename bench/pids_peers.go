@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"runtime"
 	"time"
@@ -15,7 +16,16 @@ import (
 
 // sentryEpoll is the floor: a thread in epoll_wait(2) that notes the time
 // itself.
-func sentryEpoll(context.Context) (*sentry, error) {
+func sentryEpoll(context.Context) (*sentry, error) { return newEpollSentry(func(int) {}) }
+
+// sentryEpollStatus is the floor for who wants to know how the process ended,
+// and is not its parent.
+func sentryEpollStatus(context.Context) (*sentry, error) {
+	return newEpollSentry(func(pid int) { os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)) })
+}
+
+// newEpollSentry calls look for what has ended, before it notes the time.
+func newEpollSentry(look func(pid int)) (*sentry, error) {
 	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, os.NewSyscallError("epoll_create1", err)
@@ -35,7 +45,6 @@ func sentryEpoll(context.Context) (*sentry, error) {
 		events := make([]unix.EpollEvent, 64)
 		for {
 			n, err := unix.EpollWait(epfd, events, -1)
-			at := now()
 			if err != nil && err != unix.EINTR {
 				return
 			}
@@ -43,6 +52,8 @@ func sentryEpoll(context.Context) (*sentry, error) {
 				if int(e.Fd) == stop {
 					return
 				}
+				look(int(e.Pad))
+				at := now()
 				unix.Close(int(e.Fd))
 				seen <- at
 			}
@@ -54,7 +65,7 @@ func sentryEpoll(context.Context) (*sentry, error) {
 			if err != nil {
 				return os.NewSyscallError("pidfd_open", err)
 			}
-			return unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)})
+			return unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd), Pad: int32(pid)})
 		},
 		seen: func() (int64, error) { return receive(seen) },
 		close: func() error {
