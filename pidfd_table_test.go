@@ -238,12 +238,12 @@ func (c *releasedContext) AfterFunc(f func()) (stop func() bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.holds++
-	stop = context.AfterFunc(c.Context, f)
+	inner := context.AfterFunc(c.Context, f)
 	return func() bool {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.holds--
-		return stop()
+		return inner()
 	}
 }
 
