@@ -206,7 +206,7 @@ func TestTableHoldsAContextOnce(t *testing.T) {
 		return len(processes.contexts)
 	}
 	for range 10 {
-		s, err := WatchProcess(context.WithValue(ctx, oddContext{}.list == nil, 1), PID(child.Process.Pid), nil)
+		s, err := WatchProcess(context.WithValue(ctx, new(oddContext), 1), PID(child.Process.Pid), nil)
 		if err != nil {
 			t.Fatal(err)
 		}

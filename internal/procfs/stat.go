@@ -18,13 +18,13 @@ type Stat struct {
 	Permitted bool
 }
 
-// The fields after the name of the command, counted from 0; proc_pid_stat(5)
-// counts them from 3.
+// The fields as proc_pid_stat(5) counts them. The first after the name of the
+// command is the state.
 const (
-	statState     = 3 - 3
-	statStartTime = 22 - 3
-	statWchan     = 35 - 3
-	statExitCode  = 52 - 3
+	statState     = 3
+	statStartTime = 22
+	statWchan     = 35
+	statExitCode  = 52
 )
 
 // ParseStat decodes a /proc/PID/stat. The name of the command in it may hold
