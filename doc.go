@@ -90,7 +90,8 @@
 // # Debugging
 //
 // The descriptors that this package holds, with the stacks that opened them,
-// are the profile "kernstream.descriptors" of runtime/pprof. The command
+// are the profile "kernstream.descriptors" of runtime/pprof; those of processes
+// stand behind one of them. The command
 // kernstream shows events as this package delivers them.
 //
 // # Testing

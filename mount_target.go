@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream/internal/mntns"
-	"github.com/kernstream/kernstream/internal/procfs"
+	"github.com/kernstream/kernstream/internal/pidfd"
 	"github.com/kernstream/kernstream/internal/statmount"
 	"github.com/kernstream/kernstream/poller"
 )
@@ -98,17 +98,13 @@ func newProcessTarget(pid int) (_ *mountTarget, err error) {
 			t.close()
 		}
 	}()
-	fd, err := unix.PidfdOpen(pid, 0)
-	switch call := os.NewSyscallError("pidfd_open", err); {
-	case err == unix.EPERM || err == unix.ENOSYS:
+	fd, err := openPidfd(pid)
+	switch {
+	case errors.Is(err, errors.ErrUnsupported):
 		// A sandbox forbids it. The end of the process is not noticed then.
 		return t, t.openProc("/proc/" + strconv.Itoa(pid))
-	case err == unix.ESRCH:
-		return nil, mountError("pidfd_open", t.name, goneError(call))
-	case err == unix.EINVAL || err == unix.ENOENT:
-		return nil, mountError("pidfd_open", t.name, fmt.Errorf("not a process, perhaps a thread of one: %w", call))
 	case err != nil:
-		return nil, mountError("pidfd_open", t.name, call)
+		return nil, mountError("pidfd_open", t.name, err)
 	}
 	if t.process, err = poller.New(fd, t.name); err != nil {
 		return nil, t.failed(err)
@@ -131,14 +127,8 @@ func newProcessTarget(pid int) (_ *mountTarget, err error) {
 // number returns the ID that the process has in /proc.
 func (t *mountTarget) number() (pid int, err error) {
 	cerr := t.process.Control(func(fd int) {
-		var text []byte
-		if text, err = os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(fd)); err != nil {
-			return
-		}
-		var ok bool
-		switch pid, ok = procfs.PidfdPID(text); {
-		case !ok:
-			err = fmt.Errorf("no process ID in the fdinfo %q of a pidfd", text)
+		switch pid, err = procNumber(fd); {
+		case err != nil:
 		case pid < 0:
 			err = os.NewSyscallError("open", unix.ESRCH)
 		case pid == 0:
@@ -159,13 +149,8 @@ func (t *mountTarget) exited() bool {
 
 // pidfdExited tells whether the process of a pidfd has ended.
 func pidfdExited(fd int) (bool, error) {
-	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(fds, 0)
-		if err != unix.EINTR {
-			return n > 0, os.NewSyscallError("poll", err)
-		}
-	}
+	state, err := pidfd.Poll(fd)
+	return state != pidfd.Running, err
 }
 
 func newNamespaceTarget(namespace *os.File) (*mountTarget, error) {

@@ -290,7 +290,7 @@ func taskProcess(tid int) (pid int, ok bool) {
 func procNumber(fd int) (int, error) {
 	text, err := os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(fd))
 	if err != nil {
-		return 0, fmt.Errorf("%w: is /proc mounted?", err)
+		return 0, err
 	}
 	pid, ok := procfs.PidfdPID(text)
 	if !ok {

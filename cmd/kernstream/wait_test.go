@@ -173,9 +173,12 @@ func TestWaitThousands(t *testing.T) {
 		stdins[i] = w.Close
 	}
 	l := start(t, args...)
-	// Nothing tells when it watches all of them; those that have ended by then
-	// and were reaped are gone.
-	time.Sleep(300 * time.Millisecond)
+	// Those that have ended and were reaped before it watches them are gone.
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", l.cmd.Process.Pid)); err != nil || len(open) > n*each {
+			break
+		}
+	}
 	for _, end := range stdins {
 		end()
 	}
