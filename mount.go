@@ -2,11 +2,10 @@ package kernstream
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream/internal/procfs"
 )
@@ -231,17 +230,9 @@ func Mounts(options *MountOptions) ([]Mount, error) {
 		return nil, err
 	}
 	defer target.close()
-	fd, err := target.open()
-	if err != nil {
-		return nil, err
-	}
-	defer unix.Close(fd)
-	unique := target.uniqueIDs()
-	mounts, err := snapshot(fd, &unique, options.Filter)
-	if err != nil {
-		return nil, target.failed(err)
-	}
-	return mounts, nil
+	var mounts []Mount
+	ordinarily(func() { mounts, err = target.read(options.Filter) })
+	return mounts, err
 }
 
 // A MountWatcher is a stream of the changes of one mount table.
@@ -303,13 +294,22 @@ func WatchMounts(ctx context.Context, options *MountOptions) (*MountWatcher, err
 
 // beginMountLoop makes the source that options ask for, and a loop over it that
 // has begun.
-func beginMountLoop(ctx context.Context, options *MountOptions, rescan <-chan struct{}) (*mountLoop, error) {
-	source, err := newMountSource(ctx, options)
+func beginMountLoop(ctx context.Context, options *MountOptions, rescan <-chan struct{}) (loop *mountLoop, err error) {
+	if options.Via < ViaAuto || options.Via > ViaFanotify {
+		return nil, mountError("watch", "", fmt.Errorf("unknown MountVia %d", options.Via))
+	}
+	target, err := newMountTarget(options)
 	if err != nil {
 		return nil, err
 	}
-	loop := newMountLoop(options, source, rescan)
-	return loop, loop.begin(ctx)
+	ordinarily(func() {
+		var source mountSource
+		if source, err = newMountSource(ctx, target, options); err == nil {
+			loop = newMountLoop(options, source, rescan)
+			err = loop.begin(ctx)
+		}
+	})
+	return loop, err
 }
 
 // Rescan makes the watcher look at the whole table soon, also for changes that

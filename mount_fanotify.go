@@ -35,7 +35,7 @@ type fanotifySource struct {
 	group       *poller.File
 	buf         []byte           // for events
 	reader      statmount.Reader // of the namespace
-	propagation statmount.Reader // the same, for dominating
+	propagation statmount.Reader // for dominating
 	tree        *mountTree
 	root        mountRoot // of this process, which paths are relative to in its own namespace
 
@@ -50,8 +50,10 @@ type fanotifySource struct {
 	// tell. Of another one, a mountinfo file is not kept open: it would keep the
 	// namespace alive.
 	waiting *poller.File
-	events  uint64 // how many were read
-	judged  uint64 // of these, when the last wake was judged
+	reopen  bool      // it is of an old root directory
+	events  uint64    // how many were read
+	heard   time.Time // when the last ones were
+	judged  uint64    // of these, when the last wake was judged
 	verify  *time.Timer
 
 	rescan mountRescan
@@ -142,10 +144,12 @@ func (s *fanotifySource) mark() error {
 		return err
 	}
 	defer unix.Close(namespace) // the mark does not keep the namespace alive
-	if s.reader.Namespace, err = foreignNamespace(namespace); err != nil {
+	switch s.reader.Namespace, err = foreignNamespace(namespace); {
+	case errors.Is(err, unix.ENOTTY):
+		return s.unsupported("ioctl", unix.ENOSYS)
+	case err != nil:
 		return s.target.failed(err)
 	}
-	s.propagation.Namespace = s.reader.Namespace
 	const flags = unix.FAN_CLASS_NOTIF | unix.FAN_REPORT_MNT | unix.FAN_CLOEXEC | unix.FAN_NONBLOCK
 	group, err := initGroup(flags, 0)
 	if err != nil {
@@ -175,7 +179,9 @@ func (s *fanotifySource) unsupported(call string, errno error) error {
 	case errors.Is(errno, unix.EINVAL), errors.Is(errno, unix.ENOSYS), errors.Is(errno, unix.EPERM) && call == "fanotify_init":
 		// A kernel that does not know the flag may look at the privilege first.
 		err = fmt.Errorf("%w: it needs Linux 6.15: %w", err, errors.ErrUnsupported)
-	case errors.Is(errno, unix.EMFILE) && call == "fanotify_init":
+	case !errors.Is(errno, unix.EMFILE) && !errors.Is(errno, unix.EPERM):
+		return s.target.failed(err)
+	case call == "fanotify_init":
 		err = fmt.Errorf("%w: the user has as many fanotify groups as /proc/sys/fs/fanotify/max_user_groups allows, or the process as many descriptors as it may", err)
 	}
 	return mountError(call, s.target.name, err)
@@ -313,7 +319,9 @@ func (s *fanotifySource) wake() <-chan struct{} { return s.tokens }
 
 func (s *fanotifySource) ended() <-chan struct{} { return s.end }
 
-func (s *fanotifySource) over() bool { return s.target.exited() || s.dissolved() }
+func (s *fanotifySource) over() bool {
+	return s.target.exited() || s.target.process == nil && s.dissolved()
+}
 
 // dissolved tells whether the namespace is not there any more.
 func (s *fanotifySource) dissolved() bool {
@@ -426,7 +434,7 @@ func (s *fanotifySource) look(ctx context.Context, rescan bool, d *mountDelta) (
 		return false, err
 	}
 	found, err := s.rescan.step(ctx, now, d)
-	if s.tree.seen == 0 && s.dissolved() {
+	if s.tree.seen == 0 && s.target.process == nil && s.dissolved() {
 		s.finish()
 	}
 	return resync || found, err
@@ -451,7 +459,7 @@ func (s *fanotifySource) judge(reason uint32, now time.Time) error {
 	switch {
 	case reason&(wokenTable|wokenVerify) == 0:
 		return nil
-	case s.events == s.judged:
+	case s.events == s.judged && now.Sub(s.heard) > 2*stormRest:
 		s.rescan.plan.change(now)
 	default:
 		s.rescan.plan.hidden(now)
@@ -473,6 +481,7 @@ func (s *fanotifySource) drain() error {
 		case n == 0:
 			return nil
 		}
+		s.heard = time.Now()
 		for b := s.buf[:n]; len(b) > 0; {
 			var e fanotify.Event
 			if e, b, err = fanotify.Next(b); err == nil {
@@ -551,9 +560,6 @@ func (s *fanotifySource) settle(ctx context.Context, d *mountDelta) error {
 	s.order = s.order[:0]
 	clear(s.touched)
 	clear(s.masters)
-	if s.all {
-		s.token(0)
-	}
 	return nil
 }
 
@@ -582,6 +588,7 @@ func (s *fanotifySource) touchAll() error {
 // lookAt asks for the state of a mount, and reports what is different.
 func (s *fanotifySource) lookAt(id uint64, d *mountDelta) error {
 	n, how := s.tree.known(id), s.touched[id]
+	delete(s.touched, id)   // who touches it from now on wants another look
 	if how&touchGone != 0 { // for good: no other mount gets its ID
 		s.forget(n, d)
 		return nil
@@ -595,13 +602,17 @@ func (s *fanotifySource) lookAt(id uint64, d *mountDelta) error {
 		s.forget(n, d)
 		return nil
 	case n != nil && n.mount.equal(m):
+		if how&touchMoved != 0 { // those below may have been looked at meanwhile
+			s.touchBelow(n)
+		}
 		return nil
-	case n == nil && how == touchMoved:
-		s.all = true // it came into view, and what is below it came along untold
+	case n == nil && how&touchMoved != 0:
+		s.arrived(id)
 	}
 	old := shownNode(n)
-	moved := n != nil && n.mount.MountPoint != m.MountPoint
+	moved := n != nil && (how&touchMoved != 0 || n.mount.MountPoint != m.MountPoint)
 	n, displaced := s.tree.put(m)
+	n.sum, n.text = s.rescan.sum(m), s.rescan.pass
 	if displaced != nil {
 		s.touch(displaced.id, 0) // it is on the one that came beneath it
 	}
@@ -611,6 +622,18 @@ func (s *fanotifySource) lookAt(id uint64, d *mountDelta) error {
 	n.hidden = s.filter != nil && !s.filter(m)
 	d.change(id, old, shownNode(n))
 	return nil
+}
+
+// arrived lets the mounts below one that came into view be looked at, of which
+// nobody tells.
+func (s *fanotifySource) arrived(id uint64) {
+	ids, err := s.reader.Below(id, nil)
+	if err != nil {
+		return // it is gone again
+	}
+	for _, id := range ids {
+		s.touch(id, 0)
+	}
 }
 
 // shownNode returns the mount of a node, or nil for one that the consumer was not
@@ -635,7 +658,7 @@ func (s *fanotifySource) touchBelow(n *mountNode) {
 		return
 	}
 	for child := n.first; child != nil; child = child.right {
-		s.touch(child.id, 0)
+		s.touch(child.id, touchMoved)
 	}
 }
 
@@ -652,7 +675,7 @@ func (s *fanotifySource) ask(id uint64) (*Mount, error) {
 	case len(st.Point) == 0:
 		return nil, nil
 	}
-	if st.Master != 0 {
+	if st.Master != 0 && s.reader.Namespace == 0 { // of another, the kernel gives a wrong answer
 		st.DominatingID = s.dominating(&st)
 	}
 	return mountOfStat(&st), nil
@@ -666,9 +689,10 @@ func (s *fanotifySource) dominating(slave *statmount.Mount) uint64 {
 	id, known := s.masters[slave.Master]
 	if !known {
 		var st statmount.Mount
-		if s.propagation.Stat(slave.ID, statmount.PropagateFrom, &st) == nil {
-			id = st.DominatingID
+		if s.propagation.Stat(slave.ID, statmount.PropagateFrom, &st) != nil {
+			return 0 // it is gone
 		}
+		id = st.DominatingID
 		s.masters[slave.Master] = id
 	}
 	return id
@@ -691,6 +715,8 @@ func (s *fanotifySource) followRoot() error {
 	switch {
 	case err != nil:
 		return s.target.failed(err)
+	case root == s.root && s.reopen:
+		return s.waitAnew()
 	case root == s.root:
 		return nil
 	case !s.target.own:
@@ -698,10 +724,16 @@ func (s *fanotifySource) followRoot() error {
 	}
 	s.root = root
 	s.all = true
-	// The file would keep the old root busy.
+	s.reopen = true
+	return s.waitAnew()
+}
+
+// waitAnew opens the file that wakes again: the one that is open keeps the old
+// root directory busy.
+func (s *fanotifySource) waitAnew() error {
 	fd, err := s.target.open()
 	if err != nil {
-		return nil
+		return nil // later
 	}
 	waiting, err := poller.New(fd, s.target.name)
 	if err != nil {
@@ -709,7 +741,7 @@ func (s *fanotifySource) followRoot() error {
 	}
 	s.arm(&s.waiters, waiting, wokenTable)
 	s.waiting.Close()
-	s.waiting = waiting
+	s.waiting, s.reopen = waiting, false
 	s.token(wokenTable) // there may have been a wake that it missed
 	return nil
 }

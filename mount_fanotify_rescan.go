@@ -17,7 +17,8 @@ import (
 // those of which that is different.
 //
 // In the own namespace that is the text of mountinfo, the cheapest that shows
-// everything. A rescan of another namespace asks statmount for each mount, a few
+// everything. Each row is compared, by checksums, with the one that the mount
+// should have; a row that is not understood in full is asked for once too often. A rescan of another namespace asks statmount for each mount, a few
 // at a time, and so does one of a namespace whose text takes very long: it does
 // where many mounts are slaves of large peer groups.
 
@@ -35,8 +36,9 @@ type mountRescan struct {
 	busy   bool            // one is
 	reader sync.WaitGroup
 
-	slow  int // how many texts in a row took too long
-	skip  int // how many rescans are to come before the next text
+	pass  uint64 // which text that is, or was last
+	slow  int    // how many texts in a row took too long
+	skip  int    // how many rescans are to come before the next text
 	spent time.Duration
 	left  []uint64 // mounts that are to be asked for
 }
@@ -119,6 +121,7 @@ func (r *mountRescan) begin() error {
 		return r.list()
 	}
 	r.busy = true
+	r.pass++
 	r.reader.Go(func() {
 		r.texts <- r.read()
 		r.source.token(0)
@@ -140,10 +143,12 @@ func (r *mountRescan) list() error {
 
 var errSlowText = errors.New("the text takes too long")
 
-// read reads the text. It is called in the background.
+// read reads the text, for the namespace and root directory that statmount(2)
+// answers for: those of the threads that run goroutines. It is called in the
+// background.
 func (r *mountRescan) read() *mountSums {
 	text := &mountSums{}
-	fd, err := r.source.target.open()
+	fd, err := unix.Open("/proc/thread-self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		text.err = err
 		return text
@@ -152,8 +157,8 @@ func (r *mountRescan) read() *mountSums {
 	begin := time.Now()
 	buf := make([]byte, snapshotBuffer)
 	text.err = procfs.ReadRows(fd, buf, func(row []byte) error {
-		id, sum := procfs.MountID(row), maphash.Bytes(r.seed, row)
-		text.ids, text.sums = append(text.ids, id), append(text.sums, max(sum, 1))
+		text.ids = append(text.ids, procfs.MountID(row))
+		text.sums = append(text.sums, maphash.Bytes(r.seed, row))
 		if n := len(text.ids); n%cancelSteps == 0 {
 			if r.ctx.Err() != nil {
 				return r.ctx.Err()
@@ -174,7 +179,18 @@ const (
 	slowRow  = 10 * time.Microsecond
 )
 
-// take finds the mounts whose rows are not what they were.
+// sum is the checksum of the row that m is shown as.
+func (r *mountRescan) sum(m *Mount) uint64 {
+	var room [512]byte
+	row := procfs.MountInfo{
+		ID: m.MountInfoID, ParentID: m.MountInfoParentID, Major: m.Major, Minor: m.Minor,
+		Root: m.Root, MountPoint: m.MountPoint, Options: m.Options, Optional: m.Optional,
+		FSType: m.FSType, Source: m.FSSource, SuperOptions: m.SuperOptions,
+	}
+	return maphash.Bytes(r.seed, row.AppendRow(room[:0]))
+}
+
+// take finds the mounts whose rows are not what they should be.
 func (r *mountRescan) take(text *mountSums) error {
 	r.busy = false
 	r.spent += text.took
@@ -186,11 +202,40 @@ func (r *mountRescan) take(text *mountSums) error {
 		return r.list()
 	}
 	r.slow = 0
+	tree := r.source.tree
+	strangers := 0
 	for i, id := range text.ids {
-		// A row without a node is of a mount that an event will name.
-		if n := r.source.tree.short[id]; n != nil && n.sum != text.sums[i] {
-			n.sum = text.sums[i]
+		n := tree.short[id]
+		if n == nil {
+			strangers++
+			continue
+		}
+		n.text = r.pass
+		if n.sum != text.sums[i] {
 			r.left = append(r.left, n.id)
+		}
+	}
+	// A directory above may have been renamed into or out of view.
+	for id, n := range tree.nodes {
+		if n.mount != nil && n.text != r.pass {
+			r.left = append(r.left, id)
+		}
+	}
+	if strangers > 0 {
+		return r.meet()
+	}
+	return nil
+}
+
+// meet lets the mounts be asked for that are not known.
+func (r *mountRescan) meet() error {
+	ids, err := r.source.reader.List(nil)
+	if err != nil {
+		return r.source.target.failed(err)
+	}
+	for _, id := range ids {
+		if r.source.tree.known(id) == nil {
+			r.left = append(r.left, id)
 		}
 	}
 	return nil

@@ -169,10 +169,9 @@ func (s *mountinfoSource) compare(ctx context.Context, file *poller.Descriptor) 
 		return nil, ctx.Err()
 	case err != nil:
 		return nil, s.target.failed(err)
-	case torn:
-		s.text = procfs.DropRepeated(s.text)
 	}
-	diff := s.table.Compare(s.text, s.unique.ofText(s.text, torn))
+	text, unique := s.unique.ofText(s.text, torn)
+	diff := s.table.Compare(text, unique)
 	for _, row := range diff.New {
 		s.findParent(row)
 	}
@@ -209,6 +208,9 @@ func settle(read func() (torn bool, err error)) (torn bool, err error) {
 func (s *mountinfoSource) read(ctx context.Context, fd int) (torn bool, err error) {
 	if _, err := procfs.MountsChanged(fd); err != nil {
 		return false, err
+	}
+	if s.unique.list == nil {
+		s.unique.look(0)
 	}
 	if s.text, err = procfs.ReadAll(fd, s.text, ctx.Err); err != nil {
 		return false, err

@@ -4,6 +4,8 @@ import (
 	"slices"
 	"sync/atomic"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kernstream/kernstream/internal/procfs"
 )
 
@@ -15,6 +17,21 @@ import (
 
 // snapshotTries is how often a snapshot is taken again when it is torn.
 const snapshotTries = 10
+
+// read returns the table.
+func (t *mountTarget) read(filter func(*Mount) bool) ([]Mount, error) {
+	fd, err := t.open()
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	unique := t.uniqueIDs()
+	mounts, err := snapshot(fd, &unique, filter)
+	if err != nil {
+		return nil, t.failed(err)
+	}
+	return mounts, nil
+}
 
 // snapshot reads and decodes the mountinfo file fd.
 func snapshot(fd int, unique *uniqueIDs, filter func(*Mount) bool) ([]Mount, error) {

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"strconv"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -26,7 +27,7 @@ type mountTarget struct {
 	name      string             // in errors
 	proc      *poller.Descriptor // the directory of the process in /proc, or
 	namespace *poller.Descriptor // the mount namespace
-	own       bool               // the table is the one of this process
+	own       bool               // the table is the one of the threads that run goroutines
 	other     bool               // the process is one that was asked for by its ID
 	process   *poller.File       // its pidfd, which becomes readable when it ends; may be nil
 }
@@ -43,41 +44,8 @@ func newMountTarget(options *MountOptions) (*mountTarget, error) {
 	case options.PID > 0:
 		return newProcessTarget(options.PID)
 	}
-	dir := ownProc()
-	t := &mountTarget{own: dir == procSelf}
-	return t, t.openProc(dir)
-}
-
-const procSelf = "/proc/self"
-
-// ownProc returns the directory in /proc of the caller. Threads of a Go program
-// come and go, so it is the one of the whole process, unless the calling
-// thread has left the others' root directory or namespace.
-func ownProc() string {
-	const process, thread = procSelf, "/proc/thread-self"
-	pid, tid := unix.Getpid(), unix.Gettid()
-	if pid == tid {
-		return process
-	}
-	// A thread has to part with the others' file-system context before it can
-	// enter another mount namespace.
-	const kcmpFS = 3
-	differ, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(pid), uintptr(tid), kcmpFS, 0, 0, 0)
-	switch {
-	case errno == 0 && differ == 0:
-		return process
-	case errno == 0:
-		return thread
-	}
-	// kcmp(2) is left out of some kernels, and of some sandboxes. A thread
-	// that has a root of its own in the same namespace is then taken for one of
-	// the others.
-	theirs, err := os.Readlink(process + "/ns/mnt")
-	ours, err2 := os.Readlink(thread + "/ns/mnt")
-	if err != nil || err2 != nil || ours != theirs {
-		return thread
-	}
-	return process
+	t := &mountTarget{own: onOrdinaryThread()}
+	return t, t.openProc(ownProc())
 }
 
 // openProc opens the directory dir of the process in /proc.
@@ -151,6 +119,18 @@ func (t *mountTarget) exited() bool {
 func pidfdExited(fd int) (bool, error) {
 	state, err := pidfd.Poll(fd)
 	return state != pidfd.Running, err
+}
+
+// exitsSoon tells whether a process of which something is gone already is about
+// to end.
+func (t *mountTarget) exitsSoon() bool {
+	for range 50 {
+		if t.exited() {
+			return true
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return false
 }
 
 func newNamespaceTarget(namespace *os.File) (*mountTarget, error) {
@@ -233,13 +213,13 @@ func (t *mountTarget) uniqueIDs() uniqueIDs {
 }
 
 // foreignNamespace returns the ID of a mount namespace, or 0 if it is the one of
-// this process.
+// the calling thread.
 func foreignNamespace(fd int) (id uint64, err error) {
 	var theirs, ours unix.Stat_t
 	if err := unix.Fstat(fd, &theirs); err != nil {
 		return 0, os.NewSyscallError("fstat", err)
 	}
-	if err := unix.Stat("/proc/self/ns/mnt", &ours); err != nil {
+	if err := unix.Stat("/proc/thread-self/ns/mnt", &ours); err != nil {
 		return 0, os.NewSyscallError("stat", err)
 	}
 	if theirs.Dev == ours.Dev && theirs.Ino == ours.Ino {
@@ -283,7 +263,7 @@ func (t *mountTarget) failed(err error) error {
 	case !t.other && missing:
 		err = fmt.Errorf("%w: is /proc mounted?", err)
 	case !t.other || !missing && !tableless:
-	case t.process == nil || t.exited():
+	case t.process == nil || t.exited() || missing && t.exitsSoon():
 		err = goneError(err)
 	case missing:
 		err = fmt.Errorf("%w: the process runs, but /proc does not show it (mount option hidepid): %w", fs.ErrPermission, err)
@@ -329,16 +309,9 @@ func rootAt(dir int, path string) (mountRoot, error) {
 	}, nil
 }
 
-// newMountSource returns the best source that works for options. It has begun to
-// watch.
-func newMountSource(ctx context.Context, options *MountOptions) (mountSource, error) {
-	if options.Via < ViaAuto || options.Via > ViaFanotify {
-		return nil, mountError("watch", "", fmt.Errorf("unknown MountVia %d", options.Via))
-	}
-	target, err := newMountTarget(options)
-	if err != nil {
-		return nil, err
-	}
+// newMountSource returns the best source for target that works. It has begun to
+// watch, and owns target.
+func newMountSource(ctx context.Context, target *mountTarget, options *MountOptions) (mountSource, error) {
 	made := false
 	defer func() {
 		if !made { // by an error, or a panic of the filter

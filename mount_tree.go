@@ -22,7 +22,8 @@ type mountNode struct {
 	id     uint64
 	mount  *Mount // nil: not known; it is not changed, but replaced
 	hidden bool   // by the filter
-	sum    uint64 // of its row of mountinfo when that was last looked at; 0: never
+	sum    uint64 // of the row of mountinfo that mount is shown as
+	text   uint64 // the last mountinfo text that had its row, or was begun before the mount was known
 
 	parent      *mountNode
 	first       *mountNode // of those mounted on it
@@ -74,7 +75,7 @@ func (t *mountTree) remove(n *mountNode) {
 		delete(t.short, n.mount.MountInfoID)
 	}
 	n.mount = nil
-	n.sum = 0
+	n.sum, n.text = 0, 0
 	t.seen--
 	t.prune(n)
 }

@@ -22,14 +22,17 @@ type uniqueIDs struct {
 	reader statmount.Reader
 	sure   bool // the reader's namespace is that of the texts
 	list   []uint64
+	before []uint64          // the list before that
+	fitted bool              // a list was that of a text once
 	short  map[uint64]uint32 // what statmount said of those in list
 	rows   []uint64          // the last answer of ask, for its memory
 }
 
 // look lists the mounts there are, some n of them: after a text was read, and
-// before its end is known not to be torn. Where nothing can be listed, no ID will
-// be known.
+// before its end is known not to be torn, and once before the first text. Where
+// nothing can be listed, no ID will be known.
 func (u *uniqueIDs) look(n int) {
+	u.before, u.list = u.list, u.before
 	// With room for one more than there are, one call is enough.
 	list, err := u.reader.List(slices.Grow(u.list[:0], n+n/64+16))
 	u.list = list
@@ -39,14 +42,25 @@ func (u *uniqueIDs) look(n int) {
 }
 
 // ofText returns the unique ID of each row of text, 0 for those that are not
-// known, or nil if none are. torn tells whether the table may have changed
-// between text and look. The result is valid until the next call.
-func (u *uniqueIDs) ofText(text []byte, torn bool) []uint64 {
+// known, or nil if none are. torn tells that the table changed between the two
+// looks around the text: then rows of mounts that were not there at both are
+// left out of the text that is returned, if they can be told. They came or went,
+// and the next look sees it. The result is valid until the next call.
+func (u *uniqueIDs) ofText(text []byte, torn bool) ([]byte, []uint64) {
 	n, first, last := procfs.MountIDRange(text)
 	if !torn && u.fits(n, first, last) {
-		return u.list
+		u.fitted = true
+		return text, u.list
 	}
-	return u.ask(procfs.MountIDs(text))
+	if torn {
+		text = procfs.DropRepeated(text)
+	}
+	ids := u.ask(procfs.MountIDs(text), torn)
+	if !torn || !u.fitted || ids == nil {
+		return text, ids
+	}
+	text = procfs.FilterRows(text, func(n int, _ []byte) bool { return ids[n] != 0 })
+	return text, slices.DeleteFunc(ids, func(id uint64) bool { return id == 0 })
 }
 
 // ofMounts is ofText for mounts that have been decoded.
@@ -60,7 +74,7 @@ func (u *uniqueIDs) ofMounts(mounts []Mount, torn bool) []uint64 {
 				return
 			}
 		}
-	})
+	}, torn)
 }
 
 // fits tells whether the list is that of n rows, the first and the last of which
@@ -75,8 +89,10 @@ func (u *uniqueIDs) is(unique uint64, short uint32) bool {
 }
 
 // ask finds the unique IDs one by one. What statmount said is kept, so that
-// asking again costs the mounts that have come since.
-func (u *uniqueIDs) ask(ids iter.Seq[uint32]) []uint64 {
+// asking again costs the mounts that have come since. Short IDs of a text that is
+// torn may be those of mounts that are gone: only what was there at both looks has
+// the ID for sure.
+func (u *uniqueIDs) ask(ids iter.Seq[uint32], torn bool) []uint64 {
 	if len(u.list) == 0 || !u.sure {
 		return nil
 	}
@@ -91,7 +107,10 @@ func (u *uniqueIDs) ask(ids iter.Seq[uint32]) []uint64 {
 			}
 			s = m.MountInfoID
 		}
-		short[id], unique[s] = s, id
+		short[id] = s
+		if _, there := slices.BinarySearch(u.before, id); there || !torn {
+			unique[s] = id
+		}
 	}
 	u.short = short
 	u.rows = u.rows[:0]

@@ -43,8 +43,10 @@ func TestUniqueIDsTorn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	check := func(what string, text []byte, ids []uint64) {
+	u := uniqueIDs{sure: true}
+	check := func(what string, text []byte, torn bool) {
 		t.Helper()
+		text, ids := u.ofText(bytes.Clone(text), torn)
 		var reader statmount.Reader
 		i, unknown := 0, 0
 		for short := range procfs.MountIDs(text) {
@@ -63,30 +65,29 @@ func TestUniqueIDsTorn(t *testing.T) {
 			t.Errorf("%s: %d mounts are unknown", what, unknown)
 		}
 	}
-	u := uniqueIDs{sure: true}
 	u.look(8)
-	check("whole", text, u.ofText(text, false))
+	check("whole", text, false)
 	rows := bytes.SplitAfter(text, []byte{'\n'})
 	rows = rows[:len(rows)-1]
 	rest := bytes.Join(slices.Delete(slices.Clone(rows), 1, 2), nil)
-	check("fewer rows, the ends the same", rest, u.ofText(rest, false))
+	check("fewer rows, the ends the same", rest, false)
 	rows[0], rows[1] = rows[1], rows[0]
 	rest = bytes.Join(rows, nil)
-	check("another first", rest, u.ofText(rest, false))
+	check("another first", rest, false)
 	slices.Reverse(rows)
 	rows[0], rows[len(rows)-1] = rows[len(rows)-1], rows[0]
 	rest = bytes.Join(rows, nil)
-	check("another last", rest, u.ofText(rest, false))
+	check("another last", rest, false)
 
 	umount("b")
 	umount("d")
 	mount("x") // has b's short ID
 	mount("d")
 	u.look(8)
-	check("torn", text, u.ofText(text, true))
+	check("torn", text, true)
 	umount("x")
 	umount("a")
 	mount("y")
 	u.look(8)
-	check("torn again", text, u.ofText(text, true))
+	check("torn again", text, true)
 }

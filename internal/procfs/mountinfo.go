@@ -4,6 +4,7 @@ package procfs
 
 import (
 	"errors"
+	"strconv"
 	"strings"
 )
 
@@ -147,3 +148,34 @@ func Unescape(s string) string {
 }
 
 func isOctal(c, highest byte) bool { return '0' <= c && c <= highest }
+
+// AppendRow appends the row of m, as the kernel would write it, without a line
+// feed: what [MountInfoParser.Parse] decodes to m.
+func (m *MountInfo) AppendRow(b []byte) []byte {
+	const path, name = " \t\n\\", " \t\n\\#"
+	b = append(strconv.AppendUint(b, uint64(m.ID), 10), ' ')
+	b = append(strconv.AppendUint(b, uint64(m.ParentID), 10), ' ')
+	b = append(strconv.AppendUint(b, uint64(m.Major), 10), ':')
+	b = append(strconv.AppendUint(b, uint64(m.Minor), 10), ' ')
+	b = append(appendEscaped(b, m.Root, path), ' ')
+	b = append(appendEscaped(b, m.MountPoint, path), ' ')
+	b = append(b, m.Options...)
+	for _, field := range m.Optional {
+		b = append(append(b, ' '), field...)
+	}
+	b = append(appendEscaped(append(b, " - "...), m.FSType, name), ' ')
+	b = append(appendEscaped(b, m.Source, name), ' ')
+	return append(b, m.SuperOptions...)
+}
+
+// appendEscaped appends s, with an octal escape for each of the given bytes.
+func appendEscaped(b []byte, s, escaped string) []byte {
+	for i := range len(s) {
+		if c := s[i]; strings.IndexByte(escaped, c) >= 0 {
+			b = append(b, '\\', '0'+c>>6, '0'+c>>3&7, '0'+c&7)
+		} else {
+			b = append(b, c)
+		}
+	}
+	return b
+}

@@ -314,10 +314,19 @@ func DropRepeated(text []byte) []byte {
 		}
 		n++
 	}
+	return FilterRows(text, func(n int, row []byte) bool {
+		id, ok := leadingID(row)
+		return !ok || last[id] == n
+	})
+}
+
+// FilterRows returns text without the rows that keep returns false for, n being
+// the number of rows before. It changes text in place.
+func FilterRows(text []byte, keep func(n int, row []byte) bool) []byte {
 	kept := text[:0]
-	n = 0
+	n := 0
 	for line := range lines(text) {
-		if id, ok := leadingID(line); !ok || last[id] == n {
+		if keep(n, line) {
 			// What is written never passes what is read.
 			kept = append(append(kept, line...), '\n')
 		}

@@ -55,12 +55,18 @@ const maxList = 1_000_000
 // from the root directory, in the order of their creation, which is that of
 // mountinfo. They are of one moment, as long as there are no more than a
 // million. It overwrites ids, for its memory.
-func (r *Reader) List(ids []uint64) ([]uint64, error) {
+func (r *Reader) List(ids []uint64) ([]uint64, error) { return r.Below(root, ids) }
+
+// root stands for the root directory: LSMT_ROOT.
+const root = ^uint64(0)
+
+// Below is List for the mounts below a mount, without itself.
+func (r *Reader) Below(mount uint64, ids []uint64) ([]uint64, error) {
 	ids = slices.Grow(ids[:0], 64)
 	for after := uint64(0); ; {
 		room := ids[len(ids):cap(ids)]
 		room = room[:min(len(room), maxList)]
-		n, err := r.list(after, room)
+		n, err := r.list(mount, after, room)
 		switch {
 		case err == unix.EINTR:
 		case err != nil:
@@ -79,9 +85,8 @@ func (r *Reader) List(ids []uint64) ([]uint64, error) {
 }
 
 // list asks for mounts after the given one, and tells how many it got.
-func (r *Reader) list(after uint64, ids []uint64) (int, error) {
-	const root = ^uint64(0) // LSMT_ROOT
-	req := makeRequest(r.Namespace, root, after)
+func (r *Reader) list(below, after uint64, ids []uint64) (int, error) {
+	req := makeRequest(r.Namespace, below, after)
 	n, _, errno := unix.Syscall6(unix.SYS_LISTMOUNT,
 		uintptr(unsafe.Pointer(&req)), uintptr(unsafe.Pointer(&ids[0])), uintptr(len(ids)), 0, 0, 0)
 	if errno != 0 {
@@ -94,7 +99,7 @@ func (r *Reader) list(after uint64, ids []uint64) (int, error) {
 // be listed at all.
 func (r *Reader) Any() error {
 	var ids [1]uint64
-	if _, err := r.list(0, ids[:]); err != nil {
+	if _, err := r.list(root, 0, ids[:]); err != nil {
 		return os.NewSyscallError("listmount", err)
 	}
 	return nil
