@@ -283,6 +283,29 @@ func TestTableLetsGoOfContexts(t *testing.T) {
 	if _, ok := <-ended.C; ok || ctx.holds != 0 {
 		t.Errorf("%d holds after the end", ctx.holds)
 	}
+
+	// What is known already ends a stream before it has a hold on its context.
+	w, err := NewProcessWatcher(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	for range 2 { // the second comes when the end is known
+		p, err := w.Open(PID(child.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.Watch(nil)
+		<-w.C
+	}
+	late, err := WatchProcess(ctx, PID(child.Process.Pid), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-late.C
+	if _, ok := <-late.C; ok || ctx.holds != 0 {
+		t.Errorf("%d holds after an end that was known", ctx.holds)
+	}
 }
 
 // TestFeedKeepsTheOrder: a watch does not go before those that wait already,
