@@ -12,8 +12,7 @@ import (
 // How a process ended, as early as the kernel tells, and without reaping it.
 
 // findStatus finds out the status of a process that has just ended, and returns
-// its state after that: Running if that will change at once. procIsOurs tells
-// that p.pid is its number in /proc.
+// its state after that. procIsOurs tells that p.pid is its number in /proc.
 func (p *process) findStatus(state pidfd.State, procIsOurs bool) pidfd.State {
 	if state == pidfd.Reaped {
 		return state // findReapedStatus
@@ -37,12 +36,7 @@ func (p *process) findStatus(state pidfd.State, procIsOurs bool) pidfd.State {
 	if after, err := pidfd.Poll(fd); err == nil && after == pidfd.Reaped {
 		return after
 	}
-	switch {
-	case readable && stat.State == 'X' && pidfd.HasID():
-		// It is being reaped, and the status is between two places. The edge
-		// that follows finds it in the other.
-		return pidfd.Running
-	case !readable || stat.State != 'Z' || !pidfd.HasID() && !pidfd.Unreaped(fd):
+	if !readable || stat.State != 'Z' || !pidfd.HasID() && !pidfd.Unreaped(fd) {
 		return state
 	}
 	// To those who may not know the status, the kernel shows a 0.

@@ -265,10 +265,7 @@ func (t *processTable) look(p *process, state pidfd.State, now time.Time, d *dep
 	}
 	if p.end == nil {
 		p.end = &processEnd{id: p.processID()}
-		if state = p.findStatus(state, t.procIsOurs); state == pidfd.Running {
-			p.end = nil
-			return
-		}
+		state = p.findStatus(state, t.procIsOurs)
 		p.see(Exited, now)
 	}
 	if state == pidfd.Reaped && p.known <= uint8(Reaped) {
