@@ -47,7 +47,9 @@ func ParseStat(text []byte) (s Stat, ok bool) {
 		rest = rest[1+len(field):]
 		switch i {
 		case statState:
-			s.State, ok = field[0], len(field) == 1
+			if ok = len(field) == 1; ok {
+				s.State = field[0]
+			}
 		case statStartTime:
 			s.StartTime, ok = parseUint(field, 64)
 		case statWchan:
