@@ -386,6 +386,8 @@ func (id *ProcessID) UnmarshalText(text []byte) error {
 	return nil
 }
 
+func processName(pid int) string { return "process " + strconv.Itoa(pid) }
+
 func processError(op, object string, err error) error {
 	return &OpError{Op: op, Source: "process", Object: object, Err: err}
 }

@@ -1,0 +1,253 @@
+package kernstream
+
+import (
+	"context"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// processHandles are the Processes of a watcher.
+type processHandles map[*Process]struct{}
+
+func (s *processHandles) add(h *Process) {
+	if *s == nil {
+		*s = processHandles{}
+	}
+	(*s)[h] = struct{}{}
+}
+
+// A processFeed is what stands between the table and the channel of a
+// ProcessWatcher: the watches that have something to tell, first come, first
+// served. Its goroutine offers the event of the first one to the consumer, if
+// that was not waiting already.
+// The fields are guarded by the lock of the table.
+type processFeed struct {
+	table *processTable
+	wake  chan struct{}        // has a token when the offer is to be looked at again
+	c     chan<- *ProcessEvent // nil before run; nobody sends once closed is set
+
+	watches watchList // that have not ended
+	ready   watchList // that have something to tell
+	offered *Watch    // whose event the goroutine offers
+	handles processHandles
+	closed  bool
+	err     error // of the table
+}
+
+// run offers events to the consumer until ctx is done.
+func (f *processFeed) run(ctx context.Context, c chan<- *ProcessEvent) error {
+	defer f.close()
+	f.table.mu.Lock()
+	f.c = c
+	f.table.mu.Unlock()
+	for sent := false; ctx.Err() == nil; {
+		event, err := f.next(sent)
+		if err != nil {
+			return err
+		}
+		out := c
+		if event == nil {
+			out = nil
+		}
+		sent = false
+		select {
+		case out <- event:
+			sent = true
+		case <-f.wake:
+		case <-ctx.Done():
+		}
+	}
+	return ctx.Err()
+}
+
+// next returns the event to offer, or nil; sent tells that the one before was
+// received.
+func (f *processFeed) next(sent bool) (*ProcessEvent, error) {
+	f.table.mu.Lock()
+	defer f.table.mu.Unlock()
+	if f.err != nil {
+		return nil, f.err
+	}
+	f.conclude(sent)
+	w := f.ready.first
+	if w == nil {
+		return nil, nil
+	}
+	f.offered = w
+	return w.event(), nil
+}
+
+// conclude notes what became of the offer.
+func (f *processFeed) conclude(sent bool) {
+	w := f.offered
+	if w == nil {
+		return
+	}
+	f.offered = nil
+	if sent {
+		f.received(w)
+	}
+	f.table.changed.Broadcast()
+}
+
+// received notes that an event of w was.
+func (f *processFeed) received(w *Watch) {
+	w.told++
+	if w.queued && w.pending() == 0 {
+		f.unqueue(w)
+	}
+	if w.told == w.until && !w.ended {
+		w.ended = true
+		f.watches.remove(w, ofOwner)
+	}
+}
+
+// queue hands what w has to tell to the consumer, if that is waiting and
+// nobody is before w: no other goroutine has to wake up for it. Otherwise it lets
+// w wait.
+func (f *processFeed) queue(w *Watch) {
+	if w.queued {
+		return
+	}
+	for ahead := f.offered != nil || f.ready.first != nil; !ahead; {
+		select {
+		case f.c <- w.event():
+			f.received(w)
+			if w.pending() == 0 {
+				return
+			}
+		default:
+			ahead = true
+		}
+	}
+	w.queued = true
+	f.ready.push(w, ofQueue)
+	if f.ready.first == w {
+		f.kick()
+	}
+}
+
+func (f *processFeed) unqueue(w *Watch) {
+	w.queued = false
+	f.ready.remove(w, ofQueue)
+}
+
+// kick lets the goroutine look at its offer again.
+func (f *processFeed) kick() {
+	select {
+	case f.wake <- struct{}{}:
+	default:
+	}
+}
+
+// fail ends the stream with an error of the table.
+func (f *processFeed) fail(err error) {
+	f.err = err
+	f.kick()
+}
+
+// running returns an error after the end of the stream.
+func (f *processFeed) running(name string) error {
+	f.table.mu.Lock()
+	defer f.table.mu.Unlock()
+	if f.closed {
+		return processError("watch", name, os.ErrClosed)
+	}
+	return nil
+}
+
+// enter calls use with the entry of a process that was opened.
+func (f *processFeed) enter(name string, o openProcess, use func(*process, *departures)) error {
+	t := f.table
+	var d departures
+	var err error
+	t.mu.Lock()
+	if f.closed {
+		unix.Close(o.fd)
+		err = os.ErrClosed
+	} else {
+		var p *process
+		if p, err = t.enter(o); err == nil {
+			use(p, &d)
+		} else {
+			t.settleSet(&d)
+		}
+	}
+	t.mu.Unlock()
+	t.depart(&d)
+	if err != nil {
+		return processError(operation(err, "watch"), name, err)
+	}
+	return nil
+}
+
+// add lets w watch p.
+func (f *processFeed) add(w *Watch, p *process, d *departures) {
+	f.watches.push(w, ofOwner)
+	f.table.hook(w, p, d)
+}
+
+// end takes w out of everything.
+func (f *processFeed) end(w *Watch, d *departures) {
+	if w.ended {
+		return
+	}
+	w.ended = true
+	f.watches.remove(w, ofOwner)
+	if w.queued {
+		f.unqueue(w)
+	}
+	f.table.unhook(w)
+	f.table.settle(w.process, d)
+}
+
+func (f *processFeed) stop(w *Watch) (received bool) {
+	t := f.table
+	var d departures
+	t.mu.Lock()
+	f.end(w, &d)
+	// Its event may be on offer: it is received or withdrawn, soon.
+	for f.offered == w {
+		f.kick()
+		t.changed.Wait()
+	}
+	received = w.told == w.until
+	t.mu.Unlock()
+	t.depart(&d)
+	return received
+}
+
+// release lets go of a Process.
+func (f *processFeed) release(h *Process, d *departures) {
+	if h.closed {
+		return
+	}
+	h.closed = true
+	delete(f.handles, h)
+	h.process.handles--
+	f.table.settle(h.process, d)
+}
+
+// close ends all watches and lets go of all Processes.
+func (f *processFeed) close() {
+	t := f.table
+	for more := true; more; {
+		var d departures
+		t.mu.Lock()
+		f.closed = true
+		f.conclude(false)
+		for h := range f.handles {
+			f.release(h, &d)
+		}
+		for range batch {
+			if f.watches.first == nil {
+				break
+			}
+			f.end(f.watches.first, &d)
+		}
+		more = f.watches.first != nil
+		t.mu.Unlock()
+		t.depart(&d)
+	}
+}
