@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"syscall"
 	"time"
 
@@ -140,43 +139,3 @@ func (o *ProcessOptions) check(target Target) error {
 	}
 	return nil
 }
-
-// A processStream is a watch with a stream of its own.
-type processStream struct {
-	Watch
-	Stream[*ProcessEvent]
-	c chan *ProcessEvent // Stream.C, to send on
-
-	// Guarded by processes.mu, and the last two are final once C is closed.
-	first   *ProcessEvent   // to be sent next, if it was made already
-	watches *contextWatches // those with the same context; nil: it has no end
-	closed  bool            // C is
-	err     *error          // nil: it came to its natural end, or was closed
-	own     bool            // its context was the reason
-}
-
-func newProcessStream(options *ProcessOptions) *processStream {
-	s := &processStream{}
-	s.Watch.init(options)
-	s.c = make(chan *ProcessEvent, s.until)
-	s.Watch.stream = s
-	s.Stream = Stream[*ProcessEvent]{C: s.c, end: (*processEnding)(s)}
-	return s
-}
-
-// processEnding is how a processStream ends.
-type processEnding processStream
-
-func (e *processEnding) Err() error { return processes.streamErr((*processStream)(e)) }
-
-func (e *processEnding) Close() error {
-	processes.closeStream((*processStream)(e))
-	for range e.c { // it is closed
-	}
-	return nil
-}
-
-func (e *processEnding) left() bool { return e.own }
-
-// goneError says that a process is gone.
-func goneError(err error) error { return fmt.Errorf("%w (%w)", os.ErrProcessDone, err) }

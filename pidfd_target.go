@@ -391,3 +391,6 @@ func processName(pid int) string { return "process " + strconv.Itoa(pid) }
 func processError(op, object string, err error) error {
 	return &OpError{Op: op, Source: "process", Object: object, Err: err}
 }
+
+// goneError says that a process is gone.
+func goneError(err error) error { return fmt.Errorf("%w (%w)", os.ErrProcessDone, err) }
