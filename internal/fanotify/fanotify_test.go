@@ -244,21 +244,21 @@ func TestOddRecords(t *testing.T) {
 	object := fid(unix.FAN_EVENT_INFO_TYPE_FID, []byte("handle12"), "")
 	unended := record(unix.FAN_EVENT_INFO_TYPE_DFID_NAME, append(append([]byte("fsidFSID"), words(0, 1)...), "name"...))
 	for name, odd := range map[string][]byte{
-		"three bytes":             {1, 0, 4},
-		"length 0":                length(0, bytes.Clone(pidfd)),
-		"length 3":                length(3, bytes.Clone(pidfd)),
-		"beyond the event":        length(9, bytes.Clone(pidfd)),
-		"length 2^16-1":           length(1<<16-1, bytes.Clone(pidfd)),
-		"handle beyond":           handle(9, bytes.Clone(object)),
-		"handle of 2^32-1 bytes":  handle(1<<32-1, bytes.Clone(object)),
-		"short FID":               record(unix.FAN_EVENT_INFO_TYPE_FID, make([]byte, 15)),
-		"short pidfd":             record(unix.FAN_EVENT_INFO_TYPE_PIDFD, make([]byte, 3)),
-		"short error":             record(unix.FAN_EVENT_INFO_TYPE_ERROR, make([]byte, 7)),
-		"short range":             record(unix.FAN_EVENT_INFO_TYPE_RANGE, make([]byte, 19)),
-		"short mount":             record(unix.FAN_EVENT_INFO_TYPE_MNT, make([]byte, 7)),
-		"a name without an end":   unended,
-		"a second pidfd":          pidfd,
-		"an object given twice": append(bytes.Clone(object), object...),
+		"three bytes":            {1, 0, 4},
+		"length 0":               length(0, bytes.Clone(pidfd)),
+		"length 3":               length(3, bytes.Clone(pidfd)),
+		"beyond the event":       length(9, bytes.Clone(pidfd)),
+		"length 2^16-1":          length(1<<16-1, bytes.Clone(pidfd)),
+		"handle beyond":          handle(9, bytes.Clone(object)),
+		"handle of 2^32-1 bytes": handle(1<<32-1, bytes.Clone(object)),
+		"short FID":              record(unix.FAN_EVENT_INFO_TYPE_FID, make([]byte, 15)),
+		"short pidfd":            record(unix.FAN_EVENT_INFO_TYPE_PIDFD, make([]byte, 3)),
+		"short error":            record(unix.FAN_EVENT_INFO_TYPE_ERROR, make([]byte, 7)),
+		"short range":            record(unix.FAN_EVENT_INFO_TYPE_RANGE, make([]byte, 19)),
+		"short mount":            record(unix.FAN_EVENT_INFO_TYPE_MNT, make([]byte, 7)),
+		"a name without an end":  unended,
+		"a second pidfd":         pidfd,
+		"an object given twice":  append(bytes.Clone(object), object...),
 	} {
 		b := append(event(unix.FAN_OPEN, 5, 6, pidfd, odd), event(unix.FAN_CLOSE_WRITE, 7, 8)...)
 		e, rest, err := fanotify.Next(b)
