@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -138,7 +139,8 @@ const fileBuffer = 64
 // mount or file system CAP_DAC_READ_SEARCH, too.
 //
 // The watcher keeps a directory open on each mount with a mark as long as there
-// is a mark of that file system, so that the mount is busy (umount -l works). It
+// is a mark of that file system, or an event in the queue, so that the mount is
+// busy (umount -l works). It
 // takes up to two of the 128 groups that a user may have (max_user_groups), and
 // one more to be told of renamed directories. The queue of a watcher in use
 // costs nobody a thread.
@@ -269,11 +271,19 @@ func (w *fileWatch) begin(marks []Mark) (err error) {
 		return err
 	}
 	w.first = g.via
-	w.groups[g.via] = g
+	w.use(g)
 	if w.options.Group != nil {
 		return w.adoptMarks(g)
 	}
 	return nil
+}
+
+// use makes g the group of its kind.
+func (w *fileWatch) use(g *fileGroup) {
+	w.groups[g.via] = g
+	if g.via == ViaHandle {
+		w.systems.queued = g.queued
+	}
 }
 
 // giveBack leaves an adopted group as it was.
@@ -356,7 +366,7 @@ func (w *fileWatch) group(via FileVia) (g *fileGroup, err error) {
 	if err != nil {
 		return nil, err
 	}
-	w.groups[via] = g
+	w.use(g)
 	w.start(g)
 	return g, nil
 }
@@ -367,15 +377,16 @@ func (w *fileWatch) add(marks []Mark) error {
 	defer w.mu.Unlock()
 	var undo []func()
 	for i := range marks {
-		m := &marks[i]
-		err := w.addOne(m, &undo)
-		if err == nil {
-			continue
+		target, err := w.addOne(&marks[i], &undo)
+		if target != nil {
+			defer target.close()
 		}
-		for _, u := range undo {
-			u()
+		if err != nil {
+			for _, u := range slices.Backward(undo) {
+				u()
+			}
+			return markError(&marks[i], err)
 		}
-		return markError(m, err)
 	}
 	return nil
 }
@@ -391,36 +402,36 @@ func markError(m *Mark, err error) error {
 	return fileError(op, m.name(), err)
 }
 
-func (w *fileWatch) addOne(m *Mark, undo *[]func()) error {
+// addOne sets one mark. undo gets what takes it away again, for which target
+// must be open.
+func (w *fileWatch) addOne(m *Mark, undo *[]func()) (target *markTarget, err error) {
 	if w.closed {
-		return os.ErrClosed
+		return nil, os.ErrClosed
 	}
 	if err := m.check(&w.options); err != nil {
-		return err
+		return nil, err
 	}
-	target, err := m.target(w.systems.readlink)
-	if err != nil {
-		return err
+	if target, err = m.target(w.systems.readlink); err != nil {
+		return nil, err
 	}
-	defer target.close()
 	descriptor := m.Ops & opDescriptor
 	if w.first == ViaHandle {
 		err := w.set(ViaHandle, m, m.Ops, target, undo)
 		switch {
 		case err == nil && m.Ignore != NoIgnore && w.groups[ViaDescriptor] != nil && descriptor != 0:
 			// What it takes away may come from the other group.
-			return w.set(ViaDescriptor, m, descriptor, target, undo)
+			return target, w.set(ViaDescriptor, m, descriptor, target, undo)
 		case err == nil:
-			return nil
+			return target, nil
 		case !withoutHandles(err):
-			return m.explain(err, target)
+			return target, m.explain(err, target)
 		case m.Ops != descriptor:
-			return target.refuse(m, err)
+			return target, target.refuse(m, err)
 		}
 	} else if m.Ops != descriptor {
-		return errCannot("%v come without a descriptor, and the group of this watcher is of descriptors", m.Ops&^descriptor)
+		return target, errCannot("%v come without a descriptor, and the group of this watcher is of descriptors", m.Ops&^descriptor)
 	}
-	return m.explain(w.set(ViaDescriptor, m, m.Ops, target, undo), target)
+	return target, m.explain(w.set(ViaDescriptor, m, m.Ops, target, undo), target)
 }
 
 // withoutHandles tells whether a mark failed because the file system has no
@@ -454,8 +465,7 @@ func (w *fileWatch) set(via FileVia, m *Mark, ops FileOp, target *markTarget, un
 			return errCannot("%v may come without a directory to name the file by: this watcher was started without a mark for that", self)
 		}
 		w.systems.enter(target, m.Type == MarkFilesystem)
-		// The first mark holds what was opened for it.
-		defer w.systems.hold(target.fsid, 0)
+		defer w.systems.hold(target.fsid, -1)
 	}
 	flags := m.Type.flags() | m.Ignore.flags() | m.Flags.flags()&unix.FAN_MARK_EVICTABLE
 	if err := g.mark(unix.FAN_MARK_ADD|flags, ops, target); err != nil {

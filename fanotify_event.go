@@ -314,12 +314,20 @@ func (e *FileEvent) MarshalJSON() ([]byte, error) {
 		j.NewPath, j.NewPathRaw = j.Path, j.PathRaw
 	}
 	if e.Errno != 0 {
-		j.Errno, j.Count = unix.ErrnoName(e.Errno), e.Count
+		j.Errno, j.Count = errnoName(e.Errno), e.Count
 	}
 	if e.Err != nil {
 		j.Error = e.Err.Error()
 	}
 	return marshal(j)
+}
+
+// errnoName returns the name of an error as errno(3) has it.
+func errnoName(errno syscall.Errno) string {
+	if errno == unix.EUCLEAN {
+		return "EUCLEAN" // to file systems it is EFSCORRUPTED
+	}
+	return unix.ErrnoName(errno)
 }
 
 type jsonFileEvent struct {

@@ -87,6 +87,13 @@ func (g *fileGroup) fd() int {
 	return number
 }
 
+// queued tells whether there is something to read.
+func (g *fileGroup) queued() bool {
+	n := 0
+	g.file.Control(func(fd int) { n, _ = unix.IoctlGetInt(fd, unix.TIOCINQ) })
+	return n > 0
+}
+
 // batch returns how many bytes to read at once. A read makes a descriptor for
 // each event, so there is a limit to what may be read at once; and where the kernel
 // does not tell of a descriptor that it could not make, it does at least for
@@ -260,21 +267,37 @@ func (r *fileReader) run(ctx context.Context) error {
 	defer release()
 	defer r.paths.close()
 	for {
-		n, err := r.group.file.Read(r.group.buf)
+		n, err := r.read()
 		r.when = time.Now()
-		if ctx.Err() != nil {
+		switch {
+		case ctx.Err() != nil:
 			r.discard(r.group.buf[:n])
-			return ctx.Err()
-		}
-		if err == nil {
+			err = ctx.Err()
+		case err == nil:
 			err = r.deliver(r.group.buf[:n])
-		} else {
+		default:
 			err = r.lost(err)
+		}
+		if n > 0 {
+			r.paths.systems.delivered()
 		}
 		if err != nil {
 			return err
 		}
 	}
+}
+
+// read waits for events and reads them. What is needed for their paths stays
+// until fileSystems.delivered is called, if there are any.
+func (r *fileReader) read() (n int, err error) {
+	err = r.group.file.Wait(func(fd int) (bool, error) {
+		n, err = r.paths.systems.read(fd, r.group.buf)
+		if err == unix.EAGAIN {
+			return false, nil
+		}
+		return true, os.NewSyscallError("read", err)
+	})
+	return n, err
 }
 
 var errStopped = errors.New("the stream is to end")
@@ -355,6 +378,9 @@ func (r *fileReader) event(raw fanotify.Event) *FileEvent {
 		e = r.handleEvent(&info)
 	}
 	e.When, e.Via, e.Ops = r.when, r.group.via, FileOp(raw.Mask())
+	if e.Ops.Has(OpDeleteSelf) && e.PathState == PathExact {
+		e.PathState = PathDeleted
+	}
 	e.Errno, e.Count = info.Errno, info.ErrorCount
 	if r.group.flags&unix.FAN_REPORT_TID != 0 {
 		e.TID = raw.PID()

@@ -41,7 +41,7 @@ const (
 	OpOpenExecPerm FileOp = unix.FAN_OPEN_EXEC_PERM // asks whether it may be executed
 	OpPreAccess    FileOp = unix.FAN_PRE_ACCESS     // asks before a range is accessed (6.14)
 
-	OpOnDir        FileOp = unix.FAN_ONDIR          // in a mark: on directories, too; in an event: it was one
+	OpOnDir        FileOp = unix.FAN_ONDIR          // in a mark: on directories, too; in an event by way of a handle: it was one
 	OpEventOnChild FileOp = unix.FAN_EVENT_ON_CHILD // in an inode mark of a directory: on its entries, too
 
 	OpOverflow FileOp = unix.FAN_Q_OVERFLOW // only in events: the queue was full, and events were lost here

@@ -37,6 +37,11 @@ type fileSystems struct {
 	changes uint64      // grows when what was resolved may be wrong
 	quiet   *quietGroup // nil: not needed yet, or not to be had
 	noQuiet bool        // it cannot be had
+
+	// A file system without marks is let go of when its last event was
+	// delivered: nobody has one in hand, and the queue is empty.
+	reading int         // how many readers have events in hand
+	queued  func() bool // whether there are events with handles
 }
 
 // A fileSystem is one of them.
@@ -198,8 +203,8 @@ type pathCache struct {
 	mounts  *poller.Descriptor // mountinfo, for its poll(2); nil: not to be had
 	found   map[string]*foundPath
 	old     map[string]*foundPath // what was dropped last: of directories that are deleted by now
-	ours    map[uint64]bool // which mounts are of this namespace
-	changes uint64          // of the file systems, when the cache was valid
+	ours    map[uint64]bool       // which mounts are of this namespace
+	changes uint64                // of the file systems, when the cache was valid
 	batch   uint64
 
 	lastKey []byte // a shortcut: many events of one directory follow each other
@@ -392,6 +397,7 @@ func keyOf(dir int, path string, flags int) (string, error) {
 
 // enter makes sure that what happens to the object of a mark can be resolved,
 // before it is marked: descriptors that are opened for that make no events yet.
+// It counts as a mark, so that nothing is let go of meanwhile.
 func (s *fileSystems) enter(target *markTarget, whole bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -400,6 +406,7 @@ func (s *fileSystems) enter(target *markTarget, whole bool) {
 		system = &fileSystem{known: map[string]string{}}
 		s.byID[target.fsid] = system
 	}
+	system.marks++
 	if target.key != "" {
 		system.handle = target.handleFlag
 		system.known[target.key] = target.path
@@ -512,21 +519,53 @@ func (s *fileSystems) addRoot(system *fileSystem, fd int, target *markTarget) {
 	s.changes++
 }
 
-// hold counts the marks on a file system. With the last, what was opened for
-// it is closed, so that it can be unmounted.
+// hold counts the marks on a file system.
 func (s *fileSystems) hold(id fsID, n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	system := s.byID[id]
-	if system == nil {
-		return
+	if system := s.byID[id]; system != nil {
+		system.marks += n
+		s.release()
 	}
-	if system.marks += n; system.marks > 0 {
-		return
+}
+
+// read is read(2) of a group without waiting.
+func (s *fileSystems) read(fd int, buf []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for {
+		n, err := unix.Read(fd, buf)
+		if n > 0 {
+			s.reading++
+		}
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
 	}
-	system.closeRoots()
-	delete(s.byID, id)
-	s.changes++
+}
+
+// delivered ends what read began when it returned events.
+func (s *fileSystems) delivered() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.reading--
+	s.release()
+}
+
+// release closes what was opened for file systems that are not needed any more,
+// so that they can be unmounted.
+func (s *fileSystems) release() {
+	for id, system := range s.byID {
+		if system.marks > 0 {
+			continue
+		}
+		if s.reading > 0 || s.queued != nil && s.queued() {
+			return
+		}
+		system.closeRoots()
+		delete(s.byID, id)
+		s.changes++
+	}
 }
 
 // A quietGroup tells when the path of a directory may have changed, and wakes
