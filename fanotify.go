@@ -423,7 +423,7 @@ func (w *fileWatch) addOne(m *Mark, undo *[]func()) (target *markTarget, err err
 			return target, w.set(ViaDescriptor, m, descriptor, target, undo)
 		case err == nil:
 			return target, nil
-		case !withoutHandles(err):
+		case !target.withoutHandles(err):
 			return target, m.explain(err, target)
 		case m.Ops != descriptor:
 			return target, target.refuse(m, err)
@@ -436,8 +436,8 @@ func (w *fileWatch) addOne(m *Mark, undo *[]func()) (target *markTarget, err err
 
 // withoutHandles tells whether a mark failed because the file system has no
 // handles, or none that serve for a mark of this type.
-func withoutHandles(err error) bool {
-	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EXDEV)
+func (t *markTarget) withoutHandles(err error) bool {
+	return t.unidentified != nil || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EXDEV)
 }
 
 // refuse is the error of a mark that neither group can carry.
@@ -538,7 +538,7 @@ func (w *fileWatch) removeOne(m *Mark) error {
 		case rerr == nil:
 			w.forget(markID{g.via, m.Type, m.Ignore != NoIgnore, target.object(m.Type)}, ops)
 			err = nil
-		case !errors.Is(rerr, unix.ENOENT) && !withoutHandles(rerr):
+		case !errors.Is(rerr, unix.ENOENT) && !target.withoutHandles(rerr):
 			return m.explain(rerr, target)
 		}
 	}

@@ -321,15 +321,16 @@ func sysctlText(name string) string {
 
 // A markTarget is what there is to know about the object of a mark.
 type markTarget struct {
-	fd         int // O_PATH
-	directory  bool
-	path       string // as /proc shows it
-	mountID    uint64 // the one that is given to another mount when this one is gone
-	fsid       fsID
-	key        string // of the object itself, as in events; "": it has no handle
-	handleFlag int    // for name_to_handle_at
-	device     string
-	inode      uint64
+	fd           int // O_PATH
+	directory    bool
+	path         string // as /proc shows it
+	mountID      uint64 // the one that is given to another mount when this one is gone
+	fsid         fsID
+	unidentified error  // why there is no fsid
+	key          string // of the object itself, as in events; "": it has no handle
+	handleFlag   int    // for name_to_handle_at
+	device       string
+	inode        uint64
 }
 
 // fsID is the ID of a file system, as in events.
@@ -379,8 +380,8 @@ func (t *markTarget) look(links func(fd int) (string, error)) (err error) {
 		return fmt.Errorf("%w: is /proc mounted?", err)
 	}
 	var statfs unix.Statfs_t
-	if err := unix.Fstatfs(t.fd, &statfs); err != nil {
-		return os.NewSyscallError("fstatfs", err)
+	if t.unidentified = unix.Fstatfs(t.fd, &statfs); t.unidentified != nil {
+		return nil // no handle of it can be told from another's
 	}
 	t.fsid = newFSID(statfs.Fsid.Val)
 	// Some file systems have handles that tell files apart, but cannot be

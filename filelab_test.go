@@ -272,8 +272,8 @@ func overlayDir(t testing.TB) string {
 func init() { testenv.RegisterChild("fuse", fuseMain) }
 
 // fuseDir returns a directory with a FUSE file system that has one file, "f".
-// A child serves it.
-func fuseDir(t testing.TB) string {
+// A child serves it, without statfs(2) if "no statfs" is asked for.
+func fuseDir(t testing.TB, without ...string) string {
 	t.Helper()
 	testenv.NeedRoot(t, "mounting FUSE")
 	device, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
@@ -283,7 +283,7 @@ func fuseDir(t testing.TB) string {
 	defer device.Close()
 	dir := t.TempDir()
 	mount(t, "fuse", dir, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other", device.Fd()))
-	cmd := testenv.Child(t, "fuse")
+	cmd := testenv.Child(t, "fuse", without...)
 	cmd.ExtraFiles = []*os.File{device}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -299,7 +299,7 @@ func fuseDir(t testing.TB) string {
 }
 
 // fuseMain serves descriptor 3: a read-only file system with one file.
-func fuseMain([]string) int {
+func fuseMain(without []string) int {
 	const fileData = "data"
 	order := binary.NativeEndian
 	attributes := func(node uint64) []byte {
@@ -336,6 +336,10 @@ func fuseMain([]string) int {
 			return []byte(fileData), 0, true
 		case 28: // READDIR
 			return nil, 0, true
+		case 17: // STATFS
+			if len(without) == 0 {
+				return make([]byte, 80), 0, true
+			}
 		case 18, 25, 29, 38: // RELEASE, FLUSH, RELEASEDIR, DESTROY
 			return nil, 0, true
 		case 26: // INIT

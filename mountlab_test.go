@@ -489,6 +489,17 @@ func obey(words []string) (text string, err error) {
 		}
 	case "limit": // name below /proc/sys/user, value
 		err = os.WriteFile("/proc/sys/user/"+word(1), []byte(word(2)), 0)
+	case "write": // a file, its contents
+		err = os.WriteFile(word(1), []byte(word(2)), 0o644)
+	case "mark filesystem": // one
+		agentFiles, err = kernstream.WatchFiles(context.Background(), nil,
+			kernstream.Mark{Type: kernstream.MarkFilesystem, Path: word(1), Ops: kernstream.OpOpen})
+		if err != nil {
+			text, err = err.Error(), nil
+		}
+	case "file event": // the next one
+		e := <-agentFiles.C
+		text = fmt.Sprint(e.Ops, " ", e.Path, " ", e.PathState)
 	case "mark": // files, for as long as the agent lives; the text is the error
 		var marks []kernstream.Mark
 		for _, path := range words[1:] {
