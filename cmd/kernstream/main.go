@@ -35,6 +35,7 @@ usage: kernstream COMMAND [flags]
 
 commands:
   mounts    the mount table, and every change of it
+  files     what happens to files, directories and file systems
 
 flags of every command:
   -json         print one JSON object per line
@@ -51,6 +52,7 @@ exit status: 0 done or interrupted, 1 failure, 2 usage, 3 timeout,
 // it is done; the error decides on the exit status.
 var commands = map[string]func(ctx context.Context, env *environment, args []string) error{
 	"mounts": mounts,
+	"files":  files,
 }
 
 // environment is what a command uses of the process.
