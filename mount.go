@@ -208,7 +208,8 @@ func Mounts(options *MountOptions) ([]Mount, error) {
 		return nil, err
 	}
 	defer unix.Close(fd)
-	mounts, err := snapshot(fd, options.Filter)
+	unique := target.uniqueIDs()
+	mounts, err := snapshot(fd, &unique, options.Filter)
 	if err != nil {
 		return nil, target.failed(err)
 	}
@@ -245,7 +246,7 @@ func WatchMounts(ctx context.Context, options *MountOptions) (*MountWatcher, err
 	if options == nil {
 		options = &MountOptions{}
 	}
-	source, err := newMountSource(options)
+	source, err := newMountSource(ctx, options)
 	if err != nil {
 		return nil, err
 	}

@@ -42,10 +42,21 @@ func (d *mountDelta) change(lineage uint64, old, new *Mount) {
 	d.changes[lineage] = mountPair{old, new}
 }
 
+// found calls f and tells whether that changed d.
+func (d *mountDelta) found(f func() error) (found bool, err error) {
+	before := d.touched
+	d.touched = false
+	err = f()
+	found = d.touched
+	d.touched = before || found
+	return found, err
+}
+
 func (d *mountDelta) empty() bool { return len(d.changes) == 0 }
 
 // looked ends one look at the table, and tells whether it brought anything.
-func (d *mountDelta) looked(rescan bool) bool {
+// resync tells that a rescan did.
+func (d *mountDelta) looked(resync bool) bool {
 	touched := d.touched
 	d.touched = false
 	switch {
@@ -53,7 +64,7 @@ func (d *mountDelta) looked(rescan bool) bool {
 		d.reset()
 	case touched:
 		d.merged++
-		d.resync = d.resync || rescan
+		d.resync = d.resync || resync
 	}
 	return touched
 }

@@ -3,7 +3,10 @@ package kernstream
 import (
 	"context"
 	"io"
+	"sync"
 	"time"
+
+	"github.com/kernstream/kernstream/poller"
 )
 
 // A mountSource finds out how a mount table changes. Each way to follow one
@@ -12,12 +15,13 @@ import (
 type mountSource interface {
 	via() MountVia
 
-	// start begins to watch. What changes afterwards is followed by a token
-	// in wake.
-	start()
-
-	// wake gets a token when look may find something.
+	// wake gets a token when look may find something that changed since the
+	// source was made.
 	wake() <-chan struct{}
+
+	// rest is how long a source that was just woken, and began to look then,
+	// is better left alone.
+	rest(began time.Time) time.Duration
 
 	// ended is closed when the namespace has come to its end; over looks
 	// whether that has happened, without waiting.
@@ -25,9 +29,10 @@ type mountSource interface {
 	over() bool
 
 	// look adds to d what changed since the last look: everything, the first
-	// time. With rescan it looks at what wakes nobody, too. The error is
-	// ctx's, or an *OpError that ends the stream.
-	look(ctx context.Context, rescan bool, d *mountDelta) error
+	// time. With rescan it looks at what wakes nobody, too, or sees to it that a
+	// later look does. resync tells that some of it was found that way. The
+	// error is ctx's, or an *OpError that ends the stream.
+	look(ctx context.Context, rescan bool, d *mountDelta) (resync bool, err error)
 
 	// close lets go of everything. It is called once.
 	close()
@@ -50,9 +55,7 @@ type mountLoop struct {
 	when  time.Time   // of the look that changed it last
 	event *MountEvent // made of delta; nil: not made yet
 
-	// After a look during which there were more changes, the next one rests
-	// for as long as that took: a storm leaves half of the time to those who
-	// make it, since the kernel changes no table that is being read.
+	// While the source rests, it is not looked at when it is woken.
 	rest    *time.Timer
 	resting bool
 
@@ -75,8 +78,8 @@ func newMountLoop(options *MountOptions, source mountSource, rescan <-chan struc
 	return l
 }
 
-// begin arms the source and takes the table from which the changes count. When
-// it returns an error, the source is closed.
+// begin takes the table from which the changes count. When it returns an error,
+// the source is closed.
 func (l *mountLoop) begin(ctx context.Context) error {
 	begun := false
 	defer func() {
@@ -84,7 +87,6 @@ func (l *mountLoop) begin(ctx context.Context) error {
 			l.source.close()
 		}
 	}()
-	l.source.start()
 	if err := l.look(ctx, false); err != nil {
 		return err
 	}
@@ -133,8 +135,9 @@ func (l *mountLoop) run(ctx context.Context, c chan<- *MountEvent) error {
 		case <-wake:
 			begin := time.Now()
 			err = l.update(ctx, false)
-			if l.resting = len(l.source.wake()) > 0; l.resting {
-				l.rest.Reset(time.Since(begin))
+			if rest := l.source.rest(begin); rest > 0 {
+				l.resting = true
+				l.rest.Reset(rest)
 			}
 		case <-l.rest.C:
 			l.resting = false
@@ -195,10 +198,11 @@ func (l *mountLoop) delivered() {
 
 // look lets the source look at the table.
 func (l *mountLoop) look(ctx context.Context, rescan bool) error {
-	if err := l.source.look(ctx, rescan, &l.delta); err != nil {
+	resync, err := l.source.look(ctx, rescan, &l.delta)
+	if err != nil {
 		return err
 	}
-	if l.delta.looked(rescan) || l.when.IsZero() {
+	if l.delta.looked(resync) || l.when.IsZero() {
 		l.when = time.Now()
 		l.event = nil
 	}
@@ -249,4 +253,31 @@ func (l *mountLoop) makeEvent() {
 	l.event.When = l.when
 	l.event.Initial = l.initial
 	l.event.Via = l.source.via()
+}
+
+// arm starts a goroutine that calls woken each time file wakes, until file is
+// closed, and then failed with the error of that. What happens after arm has
+// returned is not missed.
+//
+// The goroutine stays inside one Wait for the life of the file: each entry
+// would erase a change that came before it. Whether there is one cannot be
+// asked of a mountinfo file, for asking would acknowledge it, so each call of
+// check counts as one. The first does not: it says that the waiting has begun.
+func arm(waiters *sync.WaitGroup, file *poller.File, woken func(), failed func(error)) {
+	armed := make(chan struct{})
+	begun := sync.OnceFunc(func() { close(armed) })
+	waiters.Go(func() {
+		defer begun()
+		first := true
+		failed(file.Wait(func(int) (bool, error) {
+			if first {
+				first = false
+				begun()
+			} else {
+				woken()
+			}
+			return false, nil
+		}))
+	})
+	<-armed
 }

@@ -84,9 +84,16 @@ func (f *fakeTable) token() {
 }
 
 func (f *fakeTable) via() MountVia          { return ViaMountinfo }
-func (f *fakeTable) start()                 {}
 func (f *fakeTable) wake() <-chan struct{}  { return f.tokens }
 func (f *fakeTable) ended() <-chan struct{} { return f.end }
+
+// rest is what that of mountinfo is.
+func (f *fakeTable) rest(began time.Time) time.Duration {
+	if len(f.tokens) == 0 {
+		return 0
+	}
+	return time.Since(began)
+}
 
 func (f *fakeTable) over() bool {
 	select {
@@ -99,7 +106,7 @@ func (f *fakeTable) over() bool {
 
 func (f *fakeTable) close() { f.closed++ }
 
-func (f *fakeTable) look(ctx context.Context, rescan bool, d *mountDelta) error {
+func (f *fakeTable) look(ctx context.Context, rescan bool, d *mountDelta) (resync bool, err error) {
 	f.mu.Lock()
 	lookTime := f.lookTime
 	f.mu.Unlock()
@@ -111,10 +118,10 @@ func (f *fakeTable) look(ctx context.Context, rescan bool, d *mountDelta) error 
 		f.rescans++
 	}
 	if f.failure != nil {
-		return f.failure
+		return false, f.failure
 	}
 	if ctx.Err() != nil {
-		return ctx.Err()
+		return false, ctx.Err()
 	}
 	for lineage, m := range f.now {
 		old, ok := f.seen[lineage]
@@ -131,7 +138,7 @@ func (f *fakeTable) look(ctx context.Context, rescan bool, d *mountDelta) error 
 		}
 	}
 	f.seen = maps.Clone(f.now)
-	return nil
+	return rescan, nil
 }
 
 // watch starts a loop over f.

@@ -32,6 +32,7 @@ type mountinfoSource struct {
 	reading *poller.Descriptor // is read
 	table   procfs.MountTable
 	text    []byte // the last one read, for its memory
+	unique  uniqueIDs
 
 	// stale is set while the files may be of an old root directory, and could
 	// not be opened again.
@@ -49,12 +50,17 @@ func newMountinfoSource(target *mountTarget, filter func(*Mount) bool) (*mountin
 	s := &mountinfoSource{
 		target: target,
 		filter: filter,
+		unique: target.uniqueIDs(),
 		tokens: make(chan struct{}, 1),
 		end:    make(chan struct{}),
 	}
 	var err error
-	s.waiting, s.reading, err = s.open()
-	return s, err
+	if s.waiting, s.reading, err = s.open(); err != nil {
+		return nil, err
+	}
+	s.arm(s.waiting)
+	s.watchEnd()
+	return s, nil
 }
 
 // open opens the two files. The one that waits comes first: what changes after
@@ -82,8 +88,8 @@ func (s *mountinfoSource) ended() <-chan struct{} { return s.end }
 
 func (s *mountinfoSource) over() bool { return s.target.exited() }
 
-func (s *mountinfoSource) start() {
-	s.arm(s.waiting)
+// watchEnd lets the end of the process, if the table is that of one, be the end.
+func (s *mountinfoSource) watchEnd() {
 	if s.target.process == nil {
 		return
 	}
@@ -97,31 +103,17 @@ func (s *mountinfoSource) start() {
 	})
 }
 
-// arm lets what wakes the file be followed by a token. What happens after arm
-// has returned is not missed.
-//
-// The goroutine stays inside one Wait for the life of the file: each entry
-// would erase a change that came before it. Whether there is one cannot be
-// asked, for asking would acknowledge it, so each call of check counts as one.
-// The first does not: it says that the waiting has begun.
-func (s *mountinfoSource) arm(file *poller.File) {
-	armed := make(chan struct{})
-	begun := sync.OnceFunc(func() { close(armed) })
-	s.waiters.Go(func() {
-		defer begun()
-		first := true
-		s.fail(file.Wait(func(int) (bool, error) {
-			if first {
-				first = false
-				begun()
-			} else {
-				s.token()
-			}
-			return false, nil
-		}))
-	})
-	<-armed
+// rest gives a storm half of the time: the kernel changes no table that is being
+// read.
+func (s *mountinfoSource) rest(began time.Time) time.Duration {
+	if len(s.tokens) == 0 {
+		return 0 // nothing changed during the look
+	}
+	return time.Since(began)
 }
+
+// arm lets what wakes the file be followed by a token.
+func (s *mountinfoSource) arm(file *poller.File) { arm(&s.waiters, file, s.token, s.fail) }
 
 func (s *mountinfoSource) token() {
 	select {
@@ -149,23 +141,23 @@ func (s *mountinfoSource) close() {
 	s.waiters.Wait()
 }
 
-func (s *mountinfoSource) look(ctx context.Context, _ bool, d *mountDelta) error {
+func (s *mountinfoSource) look(ctx context.Context, rescan bool, d *mountDelta) (resync bool, err error) {
 	if err := s.failure.Load(); err != nil {
-		return s.target.failed(*err)
+		return false, s.target.failed(*err)
 	}
 	diff, err := s.compare(ctx, s.reading)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if !s.begun || s.stale || movesRoot(diff) {
 		if diff, err = s.reopen(ctx, diff); diff == nil {
-			return err
+			return false, err
 		}
 	}
 	s.begun = true
 	s.table.Commit(diff)
 	s.report(diff, d)
-	return nil
+	return rescan, nil
 }
 
 func (s *mountinfoSource) compare(ctx context.Context, file *poller.Descriptor) (*procfs.MountDiff, error) {
@@ -178,7 +170,22 @@ func (s *mountinfoSource) compare(ctx context.Context, file *poller.Descriptor) 
 	case torn:
 		s.text = procfs.DropRepeated(s.text)
 	}
-	return s.table.Compare(s.text), nil
+	diff := s.table.Compare(s.text, s.unique.ofText(s.text, torn))
+	for _, row := range diff.New {
+		s.findParent(row)
+	}
+	for _, change := range diff.Changed {
+		s.findParent(change.New)
+	}
+	return diff, nil
+}
+
+// findParent finds the unique ID of a parent that is not in the table, as that
+// of /.
+func (s *mountinfoSource) findParent(row *procfs.MountRow) {
+	if row.ParentUnique == 0 {
+		row.ParentUnique = s.unique.parent(row.Unique)
+	}
 }
 
 // settle reads until the text is not torn: three times at most, and not again
@@ -204,6 +211,7 @@ func (s *mountinfoSource) read(ctx context.Context, fd int) (torn bool, err erro
 	if s.text, err = procfs.ReadAll(fd, s.text, ctx.Err); err != nil {
 		return false, err
 	}
+	s.unique.look()
 	return procfs.MountsChanged(fd)
 }
 
@@ -334,5 +342,6 @@ func shown(row *procfs.MountRow) *Mount {
 		return nil
 	}
 	m := mountOf(&row.MountInfo, row.Raw, row.Err)
+	m.ID, m.ParentID = row.Unique, row.ParentUnique
 	return &m
 }

@@ -29,25 +29,46 @@ import (
 // mountinfo file is tested in internal/procfs.
 
 // ways lists the ways to follow a mount table that must tell the same story.
-var ways = []kernstream.MountVia{kernstream.ViaMountinfo}
+var ways = []kernstream.MountVia{kernstream.ViaMountinfo, kernstream.ViaFanotify}
 
-// overWays runs a test for each way.
-func overWays(t *testing.T, test func(t *testing.T, l *lab)) {
+// needWay skips a test where the kernel does not have a way.
+func needWay(t testing.TB, way kernstream.MountVia) {
+	t.Helper()
+	if way == kernstream.ViaFanotify {
+		testenv.NeedMounts(t)
+		testenv.NeedKernel(t, 6, 16, "fanotify marks of mount namespaces, for the root of a user namespace, too")
+	}
+}
+
+// eachWay runs a test for each way.
+func eachWay(t *testing.T, test func(t *testing.T, via kernstream.MountVia)) {
 	for _, way := range ways {
 		t.Run(way.String(), func(t *testing.T) {
-			l := newLab(t, &kernstream.MountOptions{Via: way})
-			test(t, l)
-			l.untilMark()
-			l.checkTable(nil)
+			needWay(t, way)
+			testenv.NoLeaks(t)
+			test(t, way)
 		})
 	}
+}
+
+// overWays runs a test with a lab for each way.
+func overWays(t *testing.T, test func(t *testing.T, l *lab)) {
+	eachWay(t, func(t *testing.T, via kernstream.MountVia) {
+		l := newLab(t, &kernstream.MountOptions{Via: via})
+		if l.via != via {
+			t.Fatalf("the first event came via %v", l.via)
+		}
+		test(t, l)
+		l.untilMark()
+		l.checkTable(nil)
+	})
 }
 
 // TestMountTmpfs: a mount is one Mounted with all its fields, an unmount one
 // Unmounted with the last known row.
 func TestMountTmpfs(t *testing.T) {
 	overWays(t, func(t *testing.T, l *lab) {
-		testenv.Feature(t, "mount table", "mountinfo")
+		testenv.Feature(t, "mount table", l.via.String())
 		dir := l.mkdir("a")
 		e := l.do(func() { mount(t, "the source", dir, "tmpfs", unix.MS_NOSUID, "size=64k") })
 		l.want(e, "", "", "", "a")
@@ -74,18 +95,21 @@ func TestMountTmpfs(t *testing.T) {
 // TestMountWithoutPrivilege: any process can read and follow its mount table.
 func TestMountWithoutPrivilege(t *testing.T) {
 	testenv.NoLeaks(t)
-	testenv.Feature(t, "mount table", "mountinfo")
 	mounts, err := kernstream.Mounts(nil)
 	if err != nil || len(mounts) == 0 {
 		t.Fatalf("Mounts returned %d mounts, %v", len(mounts), err)
 	}
-	w, err := kernstream.WatchMounts(t.Context(), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Close()
-	if e := <-w.C; !e.Initial || len(e.Mounted) == 0 || e.Via != kernstream.ViaMountinfo {
-		t.Errorf("the first event is %v, via %v", e, e.Via)
+	for _, via := range []kernstream.MountVia{kernstream.ViaAuto, kernstream.ViaMountinfo} {
+		w, err := kernstream.WatchMounts(t.Context(), &kernstream.MountOptions{Via: via})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		e := <-w.C
+		if !e.Initial || len(e.Mounted) == 0 || via != kernstream.ViaAuto && e.Via != via {
+			t.Errorf("the first event is %v, via %v", e, e.Via)
+		}
+		testenv.Feature(t, "mount table, "+via.String(), e.Via.String())
 	}
 }
 
@@ -779,69 +803,73 @@ func newContainer(t testing.TB, root string) (*agent, *kernstream.MountOptions) 
 // one, and what happens afterwards is told relative to the new root. The old
 // one can be unmounted; what was under it is then Unmounted.
 func TestMountPivotRoot(t *testing.T) {
+	eachWay(t, func(t *testing.T, via kernstream.MountVia) {
+		for _, from := range []string{"inside", "outside"} {
+			t.Run(from, func(t *testing.T) { testPivotRoot(t, via, from) })
+		}
+	})
+}
+
+func testPivotRoot(t *testing.T, via kernstream.MountVia, from string) {
 	testenv.NoLeaks(t)
 	root := newRoot(t)
-	for _, from := range []string{"inside", "outside"} {
-		t.Run(from, func(t *testing.T) {
-			testenv.NoLeaks(t)
-			a, target := newContainer(t, root)
-			var events func() *kernstream.MountEvent
-			if from == "inside" {
-				a.do("watch")
-				events = func() *kernstream.MountEvent { return unmarshalEvent(t, a.do("event")) }
-			} else {
-				w, err := kernstream.WatchMounts(t.Context(), target)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer w.Close()
-				events = func() *kernstream.MountEvent {
-					select {
-					case e := <-w.C:
-						return e
-					case <-time.After(200 * time.Millisecond):
-						return nil
-					}
-				}
+	a, target := newContainer(t, root)
+	target.Via = via
+	var events func() *kernstream.MountEvent
+	if from == "inside" {
+		a.do("watch", via.String())
+		events = func() *kernstream.MountEvent { return unmarshalEvent(t, a.do("event")) }
+	} else {
+		w, err := kernstream.WatchMounts(t.Context(), target)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		events = func() *kernstream.MountEvent {
+			select {
+			case e := <-w.C:
+				return e
+			case <-time.After(200 * time.Millisecond):
+				return nil
 			}
-			table := map[uint32]kernstream.Mount{}
-			collect := func() (all kernstream.MountEvent) {
-				for e := events(); e != nil; e = events() {
-					if err := applyMounts(table, e); err != nil {
-						t.Fatal(err)
-					}
-					all.Moved = append(all.Moved, e.Moved...)
-					all.Mounted = append(all.Mounted, e.Mounted...)
-					all.Unmounted = append(all.Unmounted, e.Unmounted...)
-				}
-				return all
+		}
+	}
+	table := map[uint32]kernstream.Mount{}
+	collect := func() (all kernstream.MountEvent) {
+		for e := events(); e != nil; e = events() {
+			if err := applyMounts(table, e); err != nil {
+				t.Fatal(err)
 			}
-			collect()
-			before := len(table)
-			a.do("pivot_root", root, filepath.Join(root, "old"))
-			e := collect()
-			if len(e.Mounted) != 0 || len(e.Unmounted) != 0 || len(table) != before {
-				t.Errorf("pivot_root is %d mounted, %d unmounted; want moves alone", len(e.Mounted), len(e.Unmounted))
-			}
-			moved := map[string]string{}
-			for _, c := range e.Moved {
-				moved[c.Old.MountPoint] = c.New.MountPoint
-			}
-			if moved[root] != "/" || moved["/"] != "/old" {
-				t.Errorf("moved is %v; want %s to / and / to /old", moved, root)
-			}
-			a.do("mount", "later", "/sub", "tmpfs")
-			if e := collect(); len(e.Mounted) != 1 || e.Mounted[0].MountPoint != "/sub" {
-				t.Errorf("mounted is %v; want /sub", points(e.Mounted, ""))
-			}
-			a.do("umount", "/old", fmt.Sprint(unix.MNT_DETACH))
-			if e := collect(); len(e.Unmounted) != before-1 || len(table) != 2 {
-				t.Errorf("%d unmounted, %d left; want %d and 2", len(e.Unmounted), len(table), before-1)
-			}
-			if err := compareTable(table, target); err != nil {
-				t.Error(err)
-			}
-		})
+			all.Moved = append(all.Moved, e.Moved...)
+			all.Mounted = append(all.Mounted, e.Mounted...)
+			all.Unmounted = append(all.Unmounted, e.Unmounted...)
+		}
+		return all
+	}
+	collect()
+	before := len(table)
+	a.do("pivot_root", root, filepath.Join(root, "old"))
+	e := collect()
+	if len(e.Mounted) != 0 || len(e.Unmounted) != 0 || len(table) != before {
+		t.Errorf("pivot_root is %d mounted, %d unmounted; want moves alone", len(e.Mounted), len(e.Unmounted))
+	}
+	moved := map[string]string{}
+	for _, c := range e.Moved {
+		moved[c.Old.MountPoint] = c.New.MountPoint
+	}
+	if moved[root] != "/" || moved["/"] != "/old" {
+		t.Errorf("moved is %v; want %s to / and / to /old", moved, root)
+	}
+	a.do("mount", "later", "/sub", "tmpfs")
+	if e := collect(); len(e.Mounted) != 1 || e.Mounted[0].MountPoint != "/sub" {
+		t.Errorf("mounted is %v; want /sub", points(e.Mounted, ""))
+	}
+	a.do("umount", "/old", fmt.Sprint(unix.MNT_DETACH))
+	if e := collect(); len(e.Unmounted) != before-1 || len(table) != 2 {
+		t.Errorf("%d unmounted, %d left; want %d and 2", len(e.Unmounted), len(table), before-1)
+	}
+	if err := compareTable(table, target); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -849,10 +877,14 @@ func TestMountPivotRoot(t *testing.T) {
 // once, as container runtimes do, is followed, also when the files of the watcher
 // read empty because they belong to the old root.
 func TestMountChangeRoot(t *testing.T) {
-	testenv.NoLeaks(t)
+	eachWay(t, testChangeRoot)
+}
+
+func testChangeRoot(t *testing.T, via kernstream.MountVia) {
 	root := newRoot(t)
 	for range testenv.SoakN(20) {
 		a, target := newContainer(t, root)
+		target.Via = via
 		l := &lab{t: t, dir: root}
 		l.watch(t.Context(), target)
 		a.do("change root", root, filepath.Join(root, "old"))
@@ -900,6 +932,7 @@ func TestMountChangeRootOutOfDescriptors(t *testing.T) {
 	testenv.NoLeaks(t)
 	root := newRoot(t)
 	a, target := newContainer(t, root)
+	target.Via = kernstream.ViaMountinfo // the other way opens nothing
 	l := &lab{t: t, dir: root}
 	l.watch(t.Context(), target)
 	var limit unix.Rlimit
@@ -926,7 +959,10 @@ func TestMountChangeRootOutOfDescriptors(t *testing.T) {
 // TestMountRootRemountedAfterChroot: a change of the options of / is no sign of
 // another root, so a chroot before it goes on not to count.
 func TestMountRootRemountedAfterChroot(t *testing.T) {
-	testenv.NoLeaks(t)
+	eachWay(t, testRootRemountedAfterChroot)
+}
+
+func testRootRemountedAfterChroot(t *testing.T, via kernstream.MountVia) {
 	dir := labDir(t)
 	a := newAgent(t, unix.CLONE_NEWNS)
 	a.do("mount", "", "/", "", fmt.Sprint(unix.MS_PRIVATE|unix.MS_REC))
@@ -936,7 +972,7 @@ func TestMountRootRemountedAfterChroot(t *testing.T) {
 	}
 	defer namespace.Close()
 	l := &lab{t: t, dir: dir}
-	l.watch(t.Context(), &kernstream.MountOptions{PID: a.PID})
+	l.watch(t.Context(), &kernstream.MountOptions{Via: via, PID: a.PID})
 	a.do("chroot", dir)
 	err = mntns.Do(int(namespace.Fd()), func(int) error {
 		return unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_NOATIME, "")
@@ -956,21 +992,26 @@ func TestMountRootRemountedAfterChroot(t *testing.T) {
 
 // TestMountLastBeforeExit: what a process does last is told before its end.
 func TestMountLastBeforeExit(t *testing.T) {
-	testenv.NoLeaks(t)
+	eachWay(t, testLastBeforeExit)
+}
+
+func testLastBeforeExit(t *testing.T, via kernstream.MountVia) {
 	dir := labDir(t)
 	for range testenv.SoakN(40) {
 		a := newAgent(t, unix.CLONE_NEWNS)
-		w, err := kernstream.WatchMounts(t.Context(), &kernstream.MountOptions{PID: a.PID, NoInitial: true})
+		w, err := kernstream.WatchMounts(t.Context(), &kernstream.MountOptions{Via: via, PID: a.PID, NoInitial: true})
 		if err != nil {
 			t.Fatal(err)
 		}
 		a.try("mount and exit", "last", dir, "tmpfs")
-		n := 0
+		// One way keeps the namespace, the other is told of its end.
+		mounted, unmounted := 0, 0
 		for e := range w.C {
-			n += len(e.Mounted)
+			mounted += len(e.Mounted)
+			unmounted += len(e.Unmounted)
 		}
-		if n != 1 || w.Err() != nil {
-			t.Fatalf("%d mounts told, Err %v; want 1, nil", n, w.Err())
+		if mounted+min(unmounted, 1) == 0 || mounted > 1 || unmounted > 0 && via == kernstream.ViaMountinfo || w.Err() != nil {
+			t.Fatalf("%d mounted, %d unmounted, Err %v; want 1 mounted or the end of the namespace", mounted, unmounted, w.Err())
 		}
 		a.end()
 	}
@@ -979,7 +1020,10 @@ func TestMountLastBeforeExit(t *testing.T) {
 // TestMountProcessLeavesNamespace: the watcher stays with the namespace that the
 // process had, whatever the process does later.
 func TestMountProcessLeavesNamespace(t *testing.T) {
-	testenv.NoLeaks(t)
+	eachWay(t, testProcessLeavesNamespace)
+}
+
+func testProcessLeavesNamespace(t *testing.T, via kernstream.MountVia) {
 	dir := labDir(t)
 	a := newAgent(t, unix.CLONE_NEWNS)
 	namespace, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", a.PID))
@@ -988,7 +1032,7 @@ func TestMountProcessLeavesNamespace(t *testing.T) {
 	}
 	defer namespace.Close()
 	l := &lab{t: t, dir: dir}
-	l.watch(t.Context(), &kernstream.MountOptions{PID: a.PID})
+	l.watch(t.Context(), &kernstream.MountOptions{Via: via, PID: a.PID})
 	a.do("unshare")
 	a.do("mount", "elsewhere", dir, "tmpfs")
 	l.quiet("the process has gone elsewhere")
@@ -1019,10 +1063,13 @@ func unmarshalEvent(t *testing.T, text string) *kernstream.MountEvent {
 // TestMountOverRoot: a mount over / is a Mounted like any other, and the
 // watcher goes on.
 func TestMountOverRoot(t *testing.T) {
-	testenv.NoLeaks(t)
+	eachWay(t, testOverRoot)
+}
+
+func testOverRoot(t *testing.T, via kernstream.MountVia) {
 	dir := labDir(t)
 	a := newAgent(t, unix.CLONE_NEWNS)
-	w, err := kernstream.WatchMounts(t.Context(), &kernstream.MountOptions{PID: a.PID, NoInitial: true})
+	w, err := kernstream.WatchMounts(t.Context(), &kernstream.MountOptions{Via: via, PID: a.PID, NoInitial: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1050,7 +1097,10 @@ func TestMountOverRoot(t *testing.T) {
 // to the root directory that the process had: it goes on telling of mounts
 // outside.
 func TestMountChroot(t *testing.T) {
-	testenv.NoLeaks(t)
+	eachWay(t, testChroot)
+}
+
+func testChroot(t *testing.T, via kernstream.MountVia) {
 	dir := labDir(t)
 	for _, name := range []string{"root", "out"} {
 		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
@@ -1058,7 +1108,7 @@ func TestMountChroot(t *testing.T) {
 		}
 	}
 	a := newAgent(t, 0)
-	w, err := kernstream.WatchMounts(t.Context(), &kernstream.MountOptions{PID: a.PID, NoInitial: true})
+	w, err := kernstream.WatchMounts(t.Context(), &kernstream.MountOptions{Via: via, PID: a.PID, NoInitial: true})
 	if err != nil {
 		t.Fatal(err)
 	}

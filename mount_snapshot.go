@@ -7,7 +7,8 @@ import (
 	"github.com/kernstream/kernstream/internal/procfs"
 )
 
-// A snapshot of the mount table: one reading of mountinfo, decoded.
+// A snapshot of the mount table: one reading of mountinfo, decoded, with the
+// unique IDs.
 //
 // A text that changed while it was read (a torn one) has each mount that stayed
 // exactly once, and may have one that came or went twice or not at all.
@@ -16,24 +17,84 @@ import (
 const snapshotTries = 10
 
 // snapshot reads and decodes the mountinfo file fd.
-func snapshot(fd int, filter func(*Mount) bool) ([]Mount, error) {
+func snapshot(fd int, unique *uniqueIDs, filter func(*Mount) bool) ([]Mount, error) {
 	buf := make([]byte, snapshotBuffer)
 	for try := 1; ; try++ {
 		if _, err := procfs.MountsChanged(fd); err != nil {
 			return nil, err
 		}
-		mounts, err := readMounts(fd, buf, filter)
+		mounts, err := readMounts(fd, buf)
 		if err != nil {
 			return nil, err
 		}
-		changed, err := procfs.MountsChanged(fd)
-		if err != nil || !changed {
-			return mounts, err
+		unique.look()
+		torn, err := procfs.MountsChanged(fd)
+		switch {
+		case err != nil:
+			return nil, err
+		case torn && try < snapshotTries:
+			continue
+		case torn:
+			mounts = dropRepeated(mounts)
 		}
-		if try == snapshotTries {
-			return dropRepeated(mounts), nil
+		identify(mounts, unique, torn)
+		if filter != nil {
+			mounts = slices.DeleteFunc(mounts, func(m Mount) bool { return !filter(&m) })
+		}
+		return mounts, nil
+	}
+}
+
+// identify fills in the unique IDs, those of the parents by their short ones.
+func identify(mounts []Mount, unique *uniqueIDs, torn bool) {
+	ids := unique.ofMounts(mounts, torn)
+	if ids == nil {
+		return
+	}
+	highest := uint32(0)
+	for i := range mounts {
+		mounts[i].ID = ids[i]
+		highest = max(highest, mounts[i].MountInfoID)
+	}
+	parent := shortIDs(highest, len(mounts))
+	for i := range mounts {
+		parent.set(mounts[i].MountInfoID, mounts[i].ID)
+	}
+	for i := range mounts {
+		m := &mounts[i]
+		if m.ParentID = parent.get(m.MountInfoParentID); m.ParentID == 0 && m.Raw == nil {
+			m.ParentID = unique.parent(m.ID)
 		}
 	}
+}
+
+// A shortTable finds the unique ID of a short one. The kernel gives the lowest
+// short ID that is free, so a slice does mostly.
+type shortTable struct {
+	list []uint64
+	rest map[uint32]uint64 // those beyond it
+}
+
+func shortIDs(highest uint32, n int) *shortTable {
+	return &shortTable{list: make([]uint64, min(int64(highest)+1, 4*int64(n)+1024))}
+}
+
+func (t *shortTable) set(short uint32, unique uint64) {
+	if int64(short) < int64(len(t.list)) {
+		t.list[short] = unique
+		return
+	}
+	if t.rest == nil {
+		t.rest = make(map[uint32]uint64)
+	}
+	t.rest[short] = unique
+}
+
+func (t *shortTable) get(short uint32) uint64 {
+	if int64(short) < int64(len(t.list)) {
+		return t.list[short]
+	}
+	return t.rest[short]
 }
 
 // snapshotBuffer holds several of the pages that the kernel hands out at a
@@ -44,16 +105,14 @@ const snapshotBuffer = 32 << 10
 // as many.
 var snapshotRows atomic.Int64
 
-func readMounts(fd int, buf []byte, filter func(*Mount) bool) ([]Mount, error) {
+func readMounts(fd int, buf []byte) ([]Mount, error) {
 	var parser procfs.MountInfoParser
 	mounts := make([]Mount, 0, snapshotRows.Load())
-	err := procfs.ReadRows(fd, buf, func(line []byte) {
+	err := procfs.ReadRows(fd, buf, func(line []byte) error {
 		row := string(line)
 		info, err := parser.Parse(row)
 		mounts = append(mounts, mountOf(&info, row, err))
-		if filter != nil && !filter(&mounts[len(mounts)-1]) {
-			mounts = mounts[:len(mounts)-1]
-		}
+		return nil
 	})
 	snapshotRows.Store(int64(len(mounts) + len(mounts)/64))
 	if cap(mounts) > 2*len(mounts)+64 {

@@ -2,16 +2,19 @@ package kernstream
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"strconv"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream/internal/mntns"
 	"github.com/kernstream/kernstream/internal/procfs"
+	"github.com/kernstream/kernstream/internal/statmount"
 	"github.com/kernstream/kernstream/poller"
 )
 
@@ -23,6 +26,7 @@ type mountTarget struct {
 	name      string             // in errors
 	proc      *poller.Descriptor // the directory of the process in /proc, or
 	namespace *poller.Descriptor // the mount namespace
+	own       bool               // the table is the one of this process
 	other     bool               // the process is one that was asked for by its ID
 	process   *poller.File       // its pidfd, which becomes readable when it ends; may be nil
 }
@@ -39,17 +43,20 @@ func newMountTarget(options *MountOptions) (*mountTarget, error) {
 	case options.PID > 0:
 		return newProcessTarget(options.PID)
 	}
-	t := &mountTarget{}
-	return t, t.openProc(ownProc())
+	dir := ownProc()
+	t := &mountTarget{own: dir == procSelf}
+	return t, t.openProc(dir)
 }
 
 func processName(pid int) string { return "process " + strconv.Itoa(pid) }
+
+const procSelf = "/proc/self"
 
 // ownProc returns the directory in /proc of the caller. Threads of a Go program
 // come and go, so it is the one of the whole process, unless the calling
 // thread has left the others' root directory or namespace.
 func ownProc() string {
-	const process, thread = "/proc/self", "/proc/thread-self"
+	const process, thread = procSelf, "/proc/thread-self"
 	pid, tid := unix.Getpid(), unix.Gettid()
 	if pid == tid {
 		return process
@@ -209,6 +216,59 @@ func (t *mountTarget) open() (fd int, err error) {
 	return fd, nil
 }
 
+// openNamespace opens the mount namespace of the table. For another process it
+// needs the right to trace it, see ptrace(2).
+func (t *mountTarget) openNamespace() (fd int, err error) {
+	if t.namespace != nil {
+		fd, err = unix.FcntlInt(uintptr(t.namespace.FD()), unix.F_DUPFD_CLOEXEC, 0)
+		err = os.NewSyscallError("fcntl", err)
+	} else {
+		fd, err = unix.Openat(t.proc.FD(), "ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		err = os.NewSyscallError("openat", err)
+	}
+	if err != nil {
+		return -1, t.failed(err)
+	}
+	return fd, nil
+}
+
+// uniqueIDs returns what finds the unique IDs of the mounts of the table.
+func (t *mountTarget) uniqueIDs() uniqueIDs {
+	if t.own {
+		return uniqueIDs{sure: true}
+	}
+	fd, err := t.openNamespace()
+	if err != nil {
+		return uniqueIDs{}
+	}
+	defer unix.Close(fd)
+	id, err := foreignNamespace(fd)
+	if err != nil {
+		return uniqueIDs{}
+	}
+	return uniqueIDs{reader: statmount.Reader{Namespace: id}, sure: true}
+}
+
+// foreignNamespace returns the ID of a mount namespace, or 0 if it is the one of
+// this process.
+func foreignNamespace(fd int) (id uint64, err error) {
+	var theirs, ours unix.Stat_t
+	if err := unix.Fstat(fd, &theirs); err != nil {
+		return 0, os.NewSyscallError("fstat", err)
+	}
+	if err := unix.Stat("/proc/self/ns/mnt", &ours); err != nil {
+		return 0, os.NewSyscallError("stat", err)
+	}
+	if theirs.Dev == ours.Dev && theirs.Ino == ours.Ino {
+		return 0, nil
+	}
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.NS_GET_MNTNS_ID, uintptr(unsafe.Pointer(&id))) // Linux 6.11
+	if errno != 0 {
+		return 0, os.NewSyscallError("ioctl", errno)
+	}
+	return id, nil
+}
+
 func openMountinfo(proc int) (int, error) {
 	fd, err := unix.Openat(proc, "mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	return fd, os.NewSyscallError("openat", err)
@@ -256,23 +316,66 @@ func mountError(op, object string, err error) error {
 	return &OpError{Op: op, Source: "mount", Object: object, Err: err}
 }
 
-// newMountSource returns the best source that works for options.
-func newMountSource(options *MountOptions) (mountSource, error) {
-	switch options.Via {
-	case ViaAuto, ViaMountinfo:
-	case ViaFanotify:
-		return nil, mountError("watch", "", fmt.Errorf("via fanotify: %w", errors.ErrUnsupported))
-	default:
+// leaveNamespace lets go of a namespace file, which keeps the namespace alive.
+// Nothing can be opened of it afterwards.
+func (t *mountTarget) leaveNamespace() {
+	if t.namespace != nil {
+		t.namespace.Close()
+	}
+}
+
+// A mountRoot is a root directory.
+type mountRoot struct {
+	mount   uint64 // on which mount it is
+	dev     uint64
+	ino     uint64
+	ofMount bool // it is the root of the mount
+}
+
+// rootAt returns which directory path is. It does not wait for a file system
+// that hangs.
+func rootAt(dir int, path string) (mountRoot, error) {
+	const mask = unix.STATX_INO | unix.STATX_MNT_ID_UNIQUE
+	var stat unix.Statx_t
+	if err := unix.Statx(dir, path, unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, mask, &stat); err != nil {
+		return mountRoot{}, os.NewSyscallError("statx", err)
+	}
+	return mountRoot{
+		mount:   stat.Mnt_id,
+		dev:     unix.Mkdev(stat.Dev_major, stat.Dev_minor),
+		ino:     stat.Ino,
+		ofMount: stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0,
+	}, nil
+}
+
+// newMountSource returns the best source that works for options. It has begun to
+// watch.
+func newMountSource(ctx context.Context, options *MountOptions) (mountSource, error) {
+	if options.Via < ViaAuto || options.Via > ViaFanotify {
 		return nil, mountError("watch", "", fmt.Errorf("unknown MountVia %d", options.Via))
 	}
 	target, err := newMountTarget(options)
 	if err != nil {
 		return nil, err
 	}
-	source, err := newMountinfoSource(target, options.Filter)
-	if err != nil {
-		target.close()
-		return nil, err
+	made := false
+	defer func() {
+		if !made { // by an error, or a panic of the filter
+			target.close()
+		}
+	}()
+	if options.Via != ViaMountinfo {
+		source, err := newFanotifySource(ctx, target, options.Filter)
+		if made = err == nil; made {
+			return source, nil
+		}
+		if options.Via == ViaFanotify || ctx.Err() != nil {
+			return nil, err
+		}
 	}
-	return source, nil
+	source, err := newMountinfoSource(target, options.Filter)
+	if made = err == nil; made {
+		return source, nil
+	}
+	return nil, err
 }

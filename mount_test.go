@@ -194,6 +194,11 @@ func TestParityM7SetupErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer uts.Close()
+	chrooted, otherRoot := newAgent(t, 0), "root directory"
+	chrooted.do("chroot", t.TempDir())
+	if !testenv.KernelAtLeast(6, 16) {
+		otherRoot = "Linux 6.15"
+	}
 	for _, test := range []struct {
 		name    string
 		options kernstream.MountOptions
@@ -209,7 +214,7 @@ func TestParityM7SetupErrors(t *testing.T) {
 		{name: "device", options: kernstream.MountOptions{Namespace: device}, text: "not a namespace"},
 		{name: "closed", options: kernstream.MountOptions{Namespace: closed}, want: os.ErrClosed, text: "/proc/self/ns/mnt"},
 		{name: "both", options: kernstream.MountOptions{Namespace: uts, PID: 1}, text: "PID and Namespace"},
-		{name: "fanotify", options: kernstream.MountOptions{Via: kernstream.ViaFanotify}, want: errors.ErrUnsupported, text: "fanotify", watch: true},
+		{name: "another root", options: kernstream.MountOptions{Via: kernstream.ViaFanotify, PID: chrooted.PID}, want: errors.ErrUnsupported, text: otherRoot, watch: true},
 		{name: "unknown", options: kernstream.MountOptions{Via: 77}, text: "77", watch: true},
 		{name: "thread", options: kernstream.MountOptions{PID: otherThread(t)}, text: "thread"},
 	} {
@@ -379,15 +384,18 @@ func TestParityM9WakeWithoutDifference(t *testing.T) {
 // ceases to pass is Unmounted, one that begins to is Mounted, one that passes
 // neither before nor after is nothing.
 func TestMountFilter(t *testing.T) {
+	eachWay(t, testFilter)
+}
+
+func testFilter(t *testing.T, via kernstream.MountVia) {
 	var dir string
 	writable := func(m *kernstream.Mount) bool {
 		return strings.HasPrefix(m.FSSource, "mark") || strings.HasPrefix(m.MountPoint, dir) && strings.HasPrefix(m.Options, "rw") && m.FSSource != "hidden"
 	}
 	testenv.NeedMounts(t)
-	testenv.NoLeaks(t)
 	l := &lab{t: t, dir: labDir(t)}
 	dir = l.dir
-	options := &kernstream.MountOptions{Filter: writable}
+	options := &kernstream.MountOptions{Via: via, Filter: writable}
 	l.watch(t.Context(), options)
 	if len(l.table) != 1 {
 		t.Errorf("the initial event has %d mounts; want the one that passes", len(l.table))
@@ -414,11 +422,14 @@ func TestMountFilter(t *testing.T) {
 // TestMountOfProcess: the table of another process is the one that it sees, any
 // user may follow it, and the stream ends with nil when the process does.
 func TestMountOfProcess(t *testing.T) {
-	testenv.NoLeaks(t)
+	eachWay(t, testOfProcess)
+}
+
+func testOfProcess(t *testing.T, via kernstream.MountVia) {
 	dir := labDir(t)
 	testenv.Feature(t, "mount table of a process", "mountinfo, pidfd")
 	a := newAgent(t, unix.CLONE_NEWNS)
-	options := &kernstream.MountOptions{PID: a.PID}
+	options := &kernstream.MountOptions{Via: via, PID: a.PID}
 	l := &lab{t: t, dir: dir}
 	l.watch(t.Context(), options)
 	mount(t, "here", dir, "tmpfs", 0, "")
@@ -431,9 +442,7 @@ func TestMountOfProcess(t *testing.T) {
 	}
 	l.checkTable(options)
 	a.end()
-	if n := drain(t, l.w.Stream); n != 0 || l.w.Err() != nil {
-		t.Errorf("%d events, Err %v after the process ended; want 0, nil", n, l.w.Err())
-	}
+	wantEnd(t, l, via)
 	umount(t, dir, 0)
 	if _, err := kernstream.Mounts(options); !errors.Is(err, os.ErrProcessDone) {
 		t.Errorf("Mounts of a process that is gone returned %v", err)
@@ -443,7 +452,10 @@ func TestMountOfProcess(t *testing.T) {
 // TestMountOfNamespace: a namespace can be given as an open file, which the
 // caller may close at once; the watcher does not need a process in it.
 func TestMountOfNamespace(t *testing.T) {
-	testenv.NoLeaks(t)
+	eachWay(t, testOfNamespace)
+}
+
+func testOfNamespace(t *testing.T, via kernstream.MountVia) {
 	dir := labDir(t)
 	testenv.Feature(t, "mount table of a namespace file", "setns, mountinfo")
 	a := newAgent(t, unix.CLONE_NEWNS)
@@ -451,7 +463,7 @@ func TestMountOfNamespace(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	options := &kernstream.MountOptions{Namespace: file}
+	options := &kernstream.MountOptions{Via: via, Namespace: file}
 	mounts, err := kernstream.Mounts(options)
 	if err != nil {
 		t.Fatal(err)
@@ -469,8 +481,38 @@ func TestMountOfNamespace(t *testing.T) {
 		t.Errorf("event %v; want the mount there", e)
 	}
 	a.end()
+	if via == kernstream.ViaFanotify {
+		wantEnd(t, l, via)
+		return
+	}
 	l.w.Rescan()
 	l.quiet("the watcher holds the namespace, and nothing happened in it")
+}
+
+// wantEnd checks that the stream ends with nil. The namespace has ended with its
+// last process, and what was mounted in it is gone; mountinfo keeps it.
+func wantEnd(t *testing.T, l *lab, via kernstream.MountVia) {
+	t.Helper()
+	before := len(l.table)
+	deadline := time.After(patience)
+	for open := true; open; {
+		var e *kernstream.MountEvent
+		select {
+		case e, open = <-l.w.C:
+			if open {
+				l.apply(e)
+			}
+		case <-deadline:
+			t.Fatal("the stream does not end")
+		}
+	}
+	want := 0
+	if via == kernstream.ViaMountinfo {
+		want = before
+	}
+	if len(l.table) != want || l.w.Err() != nil {
+		t.Errorf("%d of %d mounts left, Err %v; want %d, nil", len(l.table), before, l.w.Err(), want)
+	}
 }
 
 // TestMountOfNamespaceUnprivileged: without the privilege to enter a namespace
@@ -511,17 +553,23 @@ func init() {
 // TestMountOfThread: a thread that has left the namespace of the others gets
 // its own table, and keeps it when the thread ends.
 func TestMountOfThread(t *testing.T) {
-	testenv.NoLeaks(t)
+	eachWay(t, testOfThread)
+}
+
+func testOfThread(t *testing.T, via kernstream.MountVia) {
 	dir := labDir(t)
 	type result struct {
 		w      *kernstream.MountWatcher
 		mounts []kernstream.Mount
 		err    error
 	}
-	results := make(chan result)
+	results, leave := make(chan result), make(chan struct{})
 	onNewThread(func() {
 		var r result
-		defer func() { results <- r }()
+		defer func() {
+			results <- r
+			<-leave
+		}()
 		if r.err = unix.Unshare(unix.CLONE_NEWNS); r.err != nil {
 			return
 		}
@@ -531,10 +579,11 @@ func TestMountOfThread(t *testing.T) {
 		if r.mounts, r.err = kernstream.Mounts(nil); r.err != nil {
 			return
 		}
-		r.w, r.err = kernstream.WatchMounts(context.Background(), nil)
+		r.w, r.err = kernstream.WatchMounts(context.Background(), &kernstream.MountOptions{Via: via})
 	})
 	r := <-results
 	if r.err != nil {
+		close(leave)
 		t.Fatal(r.err)
 	}
 	defer r.w.Close()
@@ -542,8 +591,16 @@ func TestMountOfThread(t *testing.T) {
 	if !slices.ContainsFunc(r.mounts, isThreads) {
 		t.Error("Mounts returned the table of another thread")
 	}
-	if e := <-r.w.C; !slices.ContainsFunc(e.Mounted, isThreads) {
+	l := &lab{t: t, w: r.w, table: map[uint32]kernstream.Mount{}}
+	e := l.receive()
+	l.apply(e)
+	if !slices.ContainsFunc(e.Mounted, isThreads) {
 		t.Error("WatchMounts follows the table of another thread")
+	}
+	close(leave)
+	if via == kernstream.ViaFanotify {
+		wantEnd(t, l, via)
+		return
 	}
 	r.w.Rescan()
 	select {

@@ -31,6 +31,7 @@ type lab struct {
 	dir   string // a tmpfs of its own, mounted private
 	w     *kernstream.MountWatcher
 	table map[uint32]kernstream.Mount // what the events have told so far
+	via   kernstream.MountVia         // of the first event
 	marks int
 }
 
@@ -74,6 +75,7 @@ func (l *lab) watch(ctx context.Context, options *kernstream.MountOptions) {
 	if !e.Initial {
 		l.t.Fatalf("the first event is %v; want the initial one", e)
 	}
+	l.via = e.Via
 	l.apply(e)
 }
 
@@ -145,26 +147,50 @@ func (l *lab) do(f func()) *kernstream.MountEvent {
 	return l.untilMark()
 }
 
+// untilMark returns what the watcher tells of all that has happened. The mark is
+// a mount that changes in silence, so that only a rescan finds it, which finds
+// the other changes, too.
 func (l *lab) untilMark() *kernstream.MountEvent {
 	l.t.Helper()
 	l.marks++
 	mark := l.mkdir(fmt.Sprint(".mark", l.marks))
+	isMark := func(m *kernstream.Mount) bool { return m.MountPoint == mark }
+	all := &kernstream.MountEvent{}
+	silent := false // the mark has been seen to have changed
+	until := func(seen func(e *kernstream.MountEvent) bool) {
+		l.t.Helper()
+		l.until(all, func(e *kernstream.MountEvent) bool {
+			found := seen(e)
+			e.Mounted = slices.DeleteFunc(e.Mounted, func(m kernstream.Mount) bool {
+				silent = silent || isMark(&m) && len(m.Optional) > 0
+				return isMark(&m)
+			})
+			e.Unmounted = slices.DeleteFunc(e.Unmounted, func(m kernstream.Mount) bool { return isMark(&m) })
+			e.Changed = slices.DeleteFunc(e.Changed, func(c kernstream.MountChange) bool {
+				silent = silent || isMark(&c.New) && len(c.New.Optional) > 0
+				return isMark(&c.New)
+			})
+			return found
+		})
+	}
 	// Of another type than what tests mount: without unique IDs, a mount that
 	// got the ID of one that went is known by its device and type.
 	mount(l.t, "mark", mark, "ramfs", 0, "")
-	all := &kernstream.MountEvent{}
-	l.until(all, func(e *kernstream.MountEvent) bool {
-		n := len(e.Mounted)
-		e.Mounted = slices.DeleteFunc(e.Mounted, func(m kernstream.Mount) bool { return m.MountPoint == mark })
-		return len(e.Mounted) < n
+	until(func(e *kernstream.MountEvent) bool {
+		return slices.ContainsFunc(e.Mounted, func(m kernstream.Mount) bool { return isMark(&m) })
 	})
+	mount(l.t, "", mark, "", unix.MS_SHARED, "")
+	l.w.Rescan()
+	for !silent {
+		until(func(e *kernstream.MountEvent) bool {
+			return slices.ContainsFunc(e.Changed, func(c kernstream.MountChange) bool { return isMark(&c.New) })
+		})
+	}
 	if err := unix.Unmount(mark, 0); err != nil {
 		l.t.Fatal(err)
 	}
-	l.until(all, func(e *kernstream.MountEvent) bool {
-		n := len(e.Unmounted)
-		e.Unmounted = slices.DeleteFunc(e.Unmounted, func(m kernstream.Mount) bool { return m.MountPoint == mark })
-		return len(e.Unmounted) < n
+	until(func(e *kernstream.MountEvent) bool {
+		return slices.ContainsFunc(e.Unmounted, func(m kernstream.Mount) bool { return isMark(&m) })
 	})
 	return all
 }
@@ -513,8 +539,14 @@ func obey(words []string) (text string, err error) {
 		if mounts, err = kernstream.Mounts(nil); err == nil {
 			text = marshalMounts(mounts)
 		}
-	case "watch": // starts to watch itself
-		agentWatcher, err = kernstream.WatchMounts(context.Background(), nil)
+	case "watch": // starts to watch itself; by which way
+		options := &kernstream.MountOptions{}
+		for _, way := range ways {
+			if way.String() == word(1) {
+				options.Via = way
+			}
+		}
+		agentWatcher, err = kernstream.WatchMounts(context.Background(), options)
 	case "event": // the next event of that
 		select {
 		case e, ok := <-agentWatcher.C:

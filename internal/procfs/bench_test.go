@@ -83,9 +83,9 @@ func BenchmarkMountTable(b *testing.B) {
 			b.ReportAllocs()
 			b.SetBytes(int64(len(c.text)))
 			var table procfs.MountTable
-			table.Commit(table.Compare(text))
+			table.Commit(table.Compare(text, nil))
 			for b.Loop() {
-				if d := table.Compare(c.text); d.Kept < n-1 {
+				if d := table.Compare(c.text, nil); d.Kept < n-1 {
 					b.Fatalf("%d kept", d.Kept)
 				}
 			}
@@ -96,7 +96,7 @@ func BenchmarkMountTable(b *testing.B) {
 		b.SetBytes(int64(len(text)))
 		for b.Loop() {
 			var table procfs.MountTable
-			table.Commit(table.Compare(text))
+			table.Commit(table.Compare(text, nil))
 		}
 	})
 }

@@ -33,6 +33,10 @@ type MountRow struct {
 	// Hidden is for the user of the table. A new row has it false.
 	Hidden bool
 
+	// Unique and ParentUnique are the unique 64-bit IDs of the mount and of
+	// its parent; 0: not known. The parent's is known if its row is in the text.
+	Unique, ParentUnique uint64
+
 	hasID bool
 	pos   int    // index in the table's rows
 	pass  uint64 // the last Compare that found this row in its text
@@ -60,34 +64,42 @@ func (t *MountTable) Rows() []*MountRow { return t.rows }
 
 // Compare compares the table with a mountinfo text. It does not keep the text.
 //
-// The kernel gives the ID of a mount that is gone to the next one, and the
-// number of its device, too. So rows of one ID belong to the same mount if
-// nothing speaks against it: device and file system type are the same, and
-// either it is where it was, or that is all that changed. A mount that was
-// replaced by one like it is taken for the same. No ID should stand in the text
-// twice, see [DropRepeated].
+// unique has the unique IDs of the rows of the text, in their order, 0 where it
+// is not known; nil is all of them. Two rows with a unique ID are of the same
+// mount if that is the same.
+//
+// Without, a guess must do, for the kernel gives the ID of a mount that is gone
+// to the next one, and the number of its device, too. Rows of one ID belong to
+// the same mount if nothing speaks against it: device and file system type are
+// the same, and either it is where it was, or that is all that changed. A mount
+// that was replaced by one like it is taken for the same. No ID should stand in
+// the text twice, see [DropRepeated].
 //
 // The kernel lists mounts in the order of their creation (since Linux 6.8, and
 // mostly before). Compare is fast when that holds, and right when it does not.
-func (t *MountTable) Compare(text []byte) *MountDiff {
+func (t *MountTable) Compare(text []byte, unique []uint64) *MountDiff {
 	t.pass++
 	d := &MountDiff{Rows: make([]*MountRow, 0, len(t.rows)+1), first: -1}
 	next := 0 // the row of the table that is expected
 	for line := range lines(text) {
-		if next < len(t.rows) && t.rows[next].Raw == string(line) {
+		var id uint64 // of the line
+		if len(d.Rows) < len(unique) {
+			id = unique[len(d.Rows)]
+		}
+		if next < len(t.rows) && t.rows[next].is(id, line) {
 			t.keep(d, t.rows[next])
 			next++
 			continue
 		}
 		old := t.find(line)
 		if old == nil {
-			t.add(d, line)
+			t.add(d, id, line)
 			continue
 		}
 		// The rows between the expected one and this one are gone, or come
 		// later.
 		next = max(next, old.pos+1)
-		t.match(d, old, line)
+		t.match(d, old, id, line)
 	}
 	if d.Kept < len(t.rows) {
 		for _, row := range t.rows {
@@ -96,6 +108,7 @@ func (t *MountTable) Compare(text []byte) *MountDiff {
 			}
 		}
 	}
+	t.findParents(d)
 	return d
 }
 
@@ -148,23 +161,91 @@ func (t *MountTable) find(line []byte) *MountRow {
 	return nil
 }
 
+// is tells whether a line with a unique ID, or 0, says nothing new about the
+// row.
+func (row *MountRow) is(unique uint64, line []byte) bool {
+	return (unique == row.Unique || unique == 0) && row.Raw == string(line)
+}
+
 // match deals with a line that has the ID of the row old.
-func (t *MountTable) match(d *MountDiff, old *MountRow, line []byte) {
-	if old.Raw == string(line) {
+func (t *MountTable) match(d *MountDiff, old *MountRow, unique uint64, line []byte) {
+	if old.is(unique, line) {
 		t.keep(d, old)
 		return
 	}
-	row := t.parse(line)
-	if !sameMount(old, row) {
+	row := t.parse(unique, line)
+	same := row.Unique == old.Unique
+	if row.Unique == 0 || old.Unique == 0 {
+		same = sameMount(old, row)
+	}
+	if !same {
 		t.append(d, row)
 		t.isNew(d, row)
 		return
 	}
+	t.supersede(d, old, row)
+	t.append(d, row)
+}
+
+// supersede notes that row is what there is to say of the mount of old.
+func (t *MountTable) supersede(d *MountDiff, old, row *MountRow) {
 	row.Seq = old.Seq
+	if row.Unique == 0 {
+		row.Unique = old.Unique
+	}
 	old.pass = t.pass
 	d.Kept++
 	d.Changed = append(d.Changed, RowChange{Old: old, New: row})
-	t.append(d, row)
+}
+
+// findParents finds the unique IDs of the parents of mounts that are new or
+// changed. A mount that did neither may have got another parent with the ID of
+// the one it had.
+func (t *MountTable) findParents(d *MountDiff) {
+	if len(d.Gone)+len(d.New)+len(d.Changed) == 0 {
+		return
+	}
+	fresh := make(map[uint32]uint64, len(d.New)) // new and replaced parents
+	for _, row := range d.New {
+		fresh[row.ID] = row.Unique
+	}
+	gone := make(map[uint32]bool, len(d.Gone))
+	for _, row := range d.Gone {
+		gone[row.ID] = true
+	}
+	find := func(row *MountRow) uint64 {
+		if unique, ok := fresh[row.ParentID]; ok {
+			return unique
+		}
+		if parent := t.byID[row.ParentID]; parent != nil && !gone[row.ParentID] {
+			return parent.Unique
+		}
+		return row.ParentUnique
+	}
+	for _, row := range d.New {
+		row.ParentUnique = find(row)
+	}
+	for _, change := range d.Changed {
+		if change.New.ParentID == change.Old.ParentID {
+			change.New.ParentUnique = change.Old.ParentUnique
+		}
+		change.New.ParentUnique = find(change.New)
+	}
+	if len(gone) == 0 || len(fresh) == 0 {
+		return
+	}
+	for i, row := range d.Rows {
+		if !gone[row.ParentID] || row.pass != t.pass {
+			continue
+		}
+		if parent, ok := fresh[row.ParentID]; ok && parent != row.ParentUnique {
+			changed := *row
+			changed.Hidden = false
+			changed.ParentUnique = parent
+			d.Changed = append(d.Changed, RowChange{Old: row, New: &changed})
+			d.Rows[i] = &changed
+		}
+	}
 }
 
 func (t *MountTable) keep(d *MountDiff, row *MountRow) {
@@ -176,8 +257,8 @@ func (t *MountTable) keep(d *MountDiff, row *MountRow) {
 	d.Rows = append(d.Rows, row)
 }
 
-func (t *MountTable) add(d *MountDiff, line []byte) {
-	row := t.parse(line)
+func (t *MountTable) add(d *MountDiff, unique uint64, line []byte) {
+	row := t.parse(unique, line)
 	t.append(d, row)
 	t.isNew(d, row)
 }
@@ -190,13 +271,16 @@ func (t *MountTable) append(d *MountDiff, row *MountRow) {
 }
 
 func (t *MountTable) isNew(d *MountDiff, row *MountRow) {
-	t.last++
-	row.Seq = t.last
+	row.Seq = row.Unique
+	if row.Unique == 0 {
+		t.last++
+		row.Seq = t.last // less than any unique ID
+	}
 	d.New = append(d.New, row)
 }
 
-func (t *MountTable) parse(line []byte) *MountRow {
-	row := &MountRow{Raw: string(line)}
+func (t *MountTable) parse(unique uint64, line []byte) *MountRow {
+	row := &MountRow{Raw: string(line), Unique: unique}
 	row.MountInfo, row.Err = t.parser.Parse(row.Raw)
 	_, row.hasID = leadingID(line)
 	return row
@@ -238,6 +322,34 @@ func DropRepeated(text []byte) []byte {
 		n++
 	}
 	return kept
+}
+
+// MountID returns the mount ID of a row, or 0 if it shows none.
+func MountID(row []byte) uint32 {
+	id, _ := leadingID(row)
+	return id
+}
+
+// MountIDs yields the mount ID of each row of text, 0 for a row that shows none.
+func MountIDs(text []byte) iter.Seq[uint32] {
+	return func(yield func(uint32) bool) {
+		for line := range lines(text) {
+			if !yield(MountID(line)) {
+				return
+			}
+		}
+	}
+}
+
+// MountIDRange returns how many rows text has, and the mount IDs of the first
+// and the last, 0 for a row that shows none.
+func MountIDRange(text []byte) (n int, first, last uint32) {
+	text = bytes.TrimSuffix(text, []byte{'\n'})
+	if len(text) == 0 {
+		return 0, 0, 0
+	}
+	lastRow := text[bytes.LastIndexByte(text, '\n')+1:]
+	return bytes.Count(text, []byte{'\n'}) + 1, MountID(text), MountID(lastRow)
 }
 
 // leadingID returns the mount ID that a row starts with.

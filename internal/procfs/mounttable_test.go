@@ -205,7 +205,7 @@ func (t *checkedTable) compare(text []byte) (*procfs.MountDiff, error) {
 	before := slices.Clone(t.Rows())
 	text = bytes.Clone(text)
 	rows := tableRows(text)
-	d := t.Compare(text)
+	d := t.Compare(text, nil)
 	for i := range text {
 		text[i] = '~'
 	}
@@ -534,7 +534,7 @@ func TestMountTableAllocations(t *testing.T) {
 	rows := manyRows(1_000)
 	var table procfs.MountTable
 	text := textOf(rows)
-	table.Commit(table.Compare(text))
+	table.Commit(table.Compare(text, nil))
 	for _, c := range []struct {
 		name string
 		edit func([]string) []string
@@ -546,7 +546,7 @@ func TestMountTableAllocations(t *testing.T) {
 		{"added", func(rows []string) []string { return append(rows, tableRow(5_000, 5_000, "rw")) }, 7},
 	} {
 		text := textOf(c.edit(slices.Clone(rows)))
-		if allocs := testing.AllocsPerRun(20, func() { table.Compare(text) }); allocs > c.most {
+		if allocs := testing.AllocsPerRun(20, func() { table.Compare(text, nil) }); allocs > c.most {
 			t.Errorf("%s: %v allocations, want at most %v", c.name, allocs, c.most)
 		}
 	}

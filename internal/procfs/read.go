@@ -34,8 +34,9 @@ func ReadAll(fd int, buf []byte, step func() error) ([]byte, error) {
 }
 
 // ReadRows reads the file fd from its start and calls use with each row, without
-// its line feed. buf is working memory; use must not keep what it gets.
-func ReadRows(fd int, buf []byte, use func(row []byte)) error {
+// its line feed. An error of use ends the reading. buf is working memory; use must
+// not keep what it gets.
+func ReadRows(fd int, buf []byte, use func(row []byte) error) error {
 	held := 0 // bytes of a row whose end has not been read
 	for offset := int64(0); ; {
 		if len(buf)-held < minRead/4 {
@@ -49,7 +50,7 @@ func ReadRows(fd int, buf []byte, use func(row []byte)) error {
 			return os.NewSyscallError("pread", err)
 		case n == 0:
 			if held > 0 {
-				use(buf[:held])
+				return use(buf[:held])
 			}
 			return nil
 		}
@@ -60,7 +61,9 @@ func ReadRows(fd int, buf []byte, use func(row []byte)) error {
 			if end < 0 {
 				break
 			}
-			use(text[:end])
+			if err := use(text[:end]); err != nil {
+				return err
+			}
 			text = text[end+1:]
 		}
 		held = copy(buf, text)

@@ -304,7 +304,7 @@ func TestReadRows(t *testing.T) {
 		defer file.Close()
 		for _, size := range []int{0, 1, 5000, 1 << 20} {
 			var got []string
-			if err := procfs.ReadRows(int(file.Fd()), make([]byte, size), func(row []byte) { got = append(got, string(row)) }); err != nil {
+			if err := procfs.ReadRows(int(file.Fd()), make([]byte, size), func(row []byte) error { got = append(got, string(row)); return nil }); err != nil {
 				t.Fatal(err)
 			}
 			if want := append(slices.Clone(rows), "end"); !slices.Equal(got, want) {
@@ -312,7 +312,16 @@ func TestReadRows(t *testing.T) {
 			}
 		}
 	}
-	if err := procfs.ReadRows(-1, nil, func([]byte) { t.Error("a row of nothing") }); !errors.Is(err, unix.EBADF) {
+	mine, calls := errors.New("mine"), 0
+	own, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer own.Close()
+	if err := procfs.ReadRows(int(own.Fd()), nil, func([]byte) error { calls++; return mine }); err != mine || calls != 1 {
+		t.Errorf("ReadRows with a function that fails: %v after %d rows, want its error after 1", err, calls)
+	}
+	if err := procfs.ReadRows(-1, nil, func([]byte) error { t.Error("a row of nothing"); return nil }); !errors.Is(err, unix.EBADF) {
 		t.Errorf("ReadRows of a bad descriptor: %v, want EBADF", err)
 	}
 }
