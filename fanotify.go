@@ -339,18 +339,25 @@ func (w *fileWatch) start(g *fileGroup) {
 // close lets go of everything.
 func (w *fileWatch) close() {
 	var fds []int
-	var closers []func() error
 	for _, g := range w.groups {
 		if g != nil {
-			fds, closers = append(fds, g.fd()), append(closers, g.file.Close)
+			fds = append(fds, g.fd())
 		}
 	}
-	if quiet := w.systems.close(); quiet != nil {
-		fds, closers = append(fds, quiet.FD()), append(closers, quiet.Close)
+	quiet := w.systems.close()
+	if quiet != nil {
+		fds = append(fds, quiet.FD())
 	}
-	if fds != nil {
-		closeGroups(fds, closers...)
-	}
+	closeGroups(fds, func() {
+		for _, g := range w.groups {
+			if g != nil {
+				g.file.Close()
+			}
+		}
+		if quiet != nil {
+			quiet.Close()
+		}
+	})
 }
 
 // group returns a group of a kind, which it makes if need be.

@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -172,85 +170,6 @@ func (o *FileOptions) explain(err error, via FileVia) error {
 		call = fmt.Errorf("%w: names need Linux 5.9: %w", call, errors.ErrUnsupported)
 	}
 	return fileError("fanotify_init", "", call)
-}
-
-// Closing a group. The kernel takes its marks off at once, and then waits until
-// no processor may be looking at one of them (an SRCU grace period): that is up
-// to some hundredths of a second within close(2), during which the descriptor is
-// gone already. Nobody has to wait for that, so it happens on the side.
-
-// groupsClosing are the calls of close(2) that have not returned. Their groups
-// count towards the limit until then.
-var groupsClosing struct {
-	mu   sync.Mutex
-	done []chan struct{}
-}
-
-// closeGroups calls closers, which close the descriptors fds of groups, and
-// returns when these are gone.
-//
-// The groups go into a message on a socket first, so that none of the closers
-// waits. Then it is closing the socket that does, once for all of them: each wait
-// would hold up one of the processors that the runtime has.
-func closeGroups(fds []int, closers ...func() error) {
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		pair = [2]int{-1, -1}
-	} else if err = unix.Sendmsg(pair[0], []byte{0}, unix.UnixRights(fds...), nil, 0); err != nil {
-		unix.Close(pair[1])
-	}
-	if pair[0] >= 0 {
-		unix.Close(pair[0])
-	}
-	for _, c := range closers {
-		c()
-	}
-	if err == nil {
-		closeAside(pair[1])
-	}
-}
-
-// closeAside closes a descriptor, and returns when that is gone.
-func closeAside(fd int) {
-	done := make(chan struct{})
-	g := &groupsClosing
-	g.mu.Lock()
-	g.done = append(g.done, done)
-	g.mu.Unlock()
-	go func() {
-		unix.Close(fd)
-		g.mu.Lock()
-		g.done = slices.DeleteFunc(g.done, func(c chan struct{}) bool { return c == done })
-		g.mu.Unlock()
-		close(done)
-	}()
-	for pause := time.Microsecond; ; pause = min(2*pause, 100*time.Microsecond) {
-		// If another file gets the number at once, this is only slower.
-		if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == unix.EBADF {
-			return
-		}
-		select {
-		case <-done:
-			return
-		case <-time.After(pause):
-		}
-	}
-}
-
-// initGroup is fanotify_init(2). If there is no group left, it waits for those
-// that are being closed.
-func initGroup(flags, eventFlags uint) (int, error) {
-	fd, err := unix.FanotifyInit(flags, eventFlags)
-	if err != unix.EMFILE {
-		return fd, err
-	}
-	groupsClosing.mu.Lock()
-	closing := slices.Clone(groupsClosing.done)
-	groupsClosing.mu.Unlock()
-	for _, done := range closing {
-		<-done
-	}
-	return unix.FanotifyInit(flags, eventFlags)
 }
 
 // A fileReader turns what is read from one group into events.

@@ -46,15 +46,15 @@ type fileSystems struct {
 
 // A fileSystem is one of them.
 type fileSystem struct {
-	roots  []*mountRoot      // where handles can be opened, the marked mounts first
+	roots  []*fileRoot      // where handles can be opened, the marked mounts first
 	told   bool              // the quiet group tells of its directories' renames
 	known  map[string]string // the paths of what is marked, by key
 	marks  int               // how many marks of the watcher are on it
 	handle int               // the flag for name_to_handle_at
 }
 
-// A mountRoot is an open file on a mount. It keeps the mount busy.
-type mountRoot struct {
+// A fileRoot is an open file on a mount. It keeps the mount busy.
+type fileRoot struct {
 	file    *poller.Descriptor
 	mountID uint64
 	path    string
@@ -186,16 +186,19 @@ func eachMount(use func(*procfs.MountInfo) bool) error {
 	}
 	defer unix.Close(fd)
 	var parser procfs.MountInfoParser
-	more := true
-	return procfs.ReadRows(fd, nil, func(row []byte) {
-		if !more {
-			return
+	err = procfs.ReadRows(fd, nil, func(row []byte) error {
+		if m, err := parser.Parse(string(row)); err == nil && !use(&m) {
+			return errEnough
 		}
-		if m, err := parser.Parse(string(row)); err == nil {
-			more = use(&m)
-		}
+		return nil
 	})
+	if err == errEnough {
+		return nil
+	}
+	return err
 }
+
+var errEnough = errors.New("enough rows")
 
 // A pathCache is the paths that one reader has found, by key.
 type pathCache struct {
@@ -512,7 +515,7 @@ func (s *fileSystems) addRoot(system *fileSystem, fd int, target *markTarget) {
 		return
 	}
 	unix.Close(probe)
-	root := &mountRoot{file: poller.Own(fd), mountID: st.Mnt_id}
+	root := &fileRoot{file: poller.Own(fd), mountID: st.Mnt_id}
 	root.path, _ = s.readlink(fd)
 	root.foreign = !ourMount(fd, root.mountID, root.path)
 	system.roots = append(system.roots, root)
