@@ -27,6 +27,7 @@ import (
 // groups are the cases that there are, in the order in which they run.
 var groups = []group{
 	{"mounts", benchMounts},
+	{"files", benchFiles},
 	{"streams", benchStreams},
 }
 
