@@ -12,8 +12,8 @@
 //	}
 //	return w.Err()
 //
-// The sources are the mount table ([Mounts], [WatchMounts]), and whatever a
-// program makes of [NewStream].
+// The sources are the mount table ([Mounts], [WatchMounts]), what happens to
+// files ([WatchFiles]), and whatever a program makes of [NewStream].
 //
 // # What every stream promises
 //
@@ -74,6 +74,8 @@
 //
 //   - Mounts: what happens while an event waits to be received is merged into
 //     it. The steps in between are lost, the last state never.
+//   - Files: events wait in the kernel. When its queue is full, events are lost,
+//     and one with OpOverflow stands in their place.
 //
 // # Privileges and kernels
 //
