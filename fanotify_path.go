@@ -46,7 +46,7 @@ type fileSystems struct {
 
 // A fileSystem is one of them.
 type fileSystem struct {
-	roots  []*fileRoot      // where handles can be opened, the marked mounts first
+	roots  []*fileRoot       // where handles can be opened, the marked mounts first
 	told   bool              // the quiet group tells of its directories' renames
 	known  map[string]string // the paths of what is marked, by key
 	marks  int               // how many marks of the watcher are on it
