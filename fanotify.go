@@ -133,9 +133,9 @@ const fileBuffer = 64
 // [FileEvent.Via] says which one an event is from. A mark whose operations that
 // group cannot report is refused.
 //
-// Any user may mark inodes that he can read, and then learns the paths of what is
-// below marked directories for as long as these are not renamed, but not which
-// process it was. Everything else needs CAP_SYS_ADMIN, and the paths of a whole
+// Any user may mark inodes that he can read, and then learns the paths of marked
+// objects and of the files in marked directories, for as long as these are not
+// renamed, but not which process it was. Everything else needs CAP_SYS_ADMIN, and the paths of a whole
 // mount or file system CAP_DAC_READ_SEARCH, too.
 //
 // The watcher keeps a directory open on each mount with a mark as long as there

@@ -297,7 +297,7 @@ func (r *fileReader) event(raw fanotify.Event) *FileEvent {
 		e = r.handleEvent(&info)
 	}
 	e.When, e.Via, e.Ops = r.when, r.group.via, FileOp(raw.Mask())
-	if e.Ops.Has(OpDeleteSelf) && e.PathState == PathExact {
+	if e.Ops.Has(OpDeleteSelf) && (e.PathState == PathExact || e.PathState == PathUnknown) {
 		e.PathState = PathDeleted
 	}
 	e.Errno, e.Count = info.Errno, info.ErrorCount

@@ -353,6 +353,8 @@ func (s *fileSystems) find(system *fileSystem, key []byte, flags int) foundPath 
 		switch {
 		case err == unix.ESTALE:
 			return foundPath{path: system.known[string(key)], state: PathDeleted, told: system.told}
+		case err == unix.EPERM:
+			continue // in a user namespace, handles of directories alone
 		case err != nil:
 			return foundPath{err: os.NewSyscallError("open_by_handle_at", err)}
 		}

@@ -538,26 +538,20 @@ func TestFileHandleDescriptorsRunOut(t *testing.T) {
 }
 
 // TestFileCannotOpen: a file that cannot be opened as asked is an event with
-// Err: a running program, for writing.
+// Err: one on a read-only mount, for writing.
 func TestFileCannotOpen(t *testing.T) {
 	needMarks(t)
-	l := newFileLab(t, &kernstream.FileOptions{Descriptors: true, EventFlags: unix.O_RDWR}, "")
-	exe, err := os.ReadFile("/proc/self/exe")
-	l.do(err)
-	l.do(os.WriteFile(l.path("exe"), exe, 0o755))
-	l.do(l.w.Mark(kernstream.Mark{Path: l.path("exe"), Ops: kernstream.OpOpenExec}))
-	cmd := testenv.Child(t, "agent")
-	cmd.Path = l.path("exe")
-	in, err := cmd.StdinPipe()
-	l.do(err)
-	l.do(cmd.Start())
-	e := l.receive()
-	in.Close()
-	cmd.Wait()
-	if !errors.Is(e.Err, unix.ETXTBSY) || e.FD() != -1 {
-		t.Errorf("event %v; want ETXTBSY", e)
+	l := newFileLab(t, &kernstream.FileOptions{Descriptors: true, EventFlags: unix.O_RDWR}, "d/f")
+	mount(t, l.path("d"), l.path("d"), "", unix.MS_BIND, "")
+	defer umount(t, l.path("d"), unix.MNT_DETACH)
+	mount(t, "", l.path("d"), "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
+	l.do(l.w.Mark(kernstream.Mark{Type: kernstream.MarkMount, Path: l.path("d"), Ops: opOpen}))
+	for range 3 {
+		l.read("d/f")
+		if e := l.receive(); !errors.Is(e.Err, unix.EROFS) || e.FD() != -1 || e.Close() != nil {
+			t.Errorf("event %v; want EROFS", e)
+		}
 	}
-	e.Close()
 }
 
 // TestFileRenameStorm: while directories are renamed at random and files are

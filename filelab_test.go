@@ -130,6 +130,7 @@ func receiveFile(t testing.TB, w *kernstream.FileWatcher) *kernstream.FileEvent 
 // quiet fails the test if there is an event.
 func (l *fileLab) quiet(why string) {
 	l.t.Helper()
+	l.drained()
 	select {
 	case e, ok := <-l.w.C:
 		if !ok {
@@ -137,6 +138,23 @@ func (l *fileLab) quiet(why string) {
 		}
 		l.t.Fatalf("event %v; want none: %s", e, why)
 	case <-time.After(20 * time.Millisecond):
+	}
+}
+
+// drained waits until the watcher has read all that the kernel has, or an event
+// is there to be received.
+func (l *fileLab) drained() {
+	l.t.Helper()
+	for begin := time.Now(); len(l.w.C) == 0 && time.Since(begin) < patience; time.Sleep(time.Millisecond) {
+		queued := 0
+		l.do(l.w.Control(func(fd int) {
+			n, err := unix.IoctlGetInt(fd, unix.TIOCINQ) // FIONREAD
+			l.do(err)
+			queued += n
+		}))
+		if queued == 0 {
+			return
+		}
 	}
 }
 
@@ -169,6 +187,7 @@ func (l *fileLab) want(want told) []*kernstream.FileEvent {
 	for deadline := time.After(patience); ; {
 		wait := deadline
 		if complete() {
+			l.drained()
 			wait = time.After(20 * time.Millisecond)
 		}
 		select {
