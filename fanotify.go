@@ -471,7 +471,7 @@ func (w *fileWatch) set(via FileVia, m *Mark, ops FileOp, target *markTarget, un
 		if self := ops & opSelf; self != 0 && g.flags&reportFiles == 0 {
 			return errCannot("%v may come without a directory to name the file by: this watcher was started without a mark for that", self)
 		}
-		w.systems.enter(target, m.Type == MarkFilesystem)
+		w.systems.enter(target)
 		defer w.systems.hold(target.fsid, -1)
 	}
 	flags := m.Type.flags() | m.Ignore.flags() | m.Flags.flags()&unix.FAN_MARK_EVICTABLE

@@ -110,7 +110,7 @@ func (w *fileWatch) adoptMarks(g *fileGroup) error {
 		if err != nil {
 			continue // its events come without a path
 		}
-		w.systems.enter(target, true) // for good: these marks are not known one by one
+		w.systems.enter(target) // for good: these marks are not known one by one
 		target.close()
 	}
 	return nil

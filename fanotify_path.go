@@ -48,6 +48,7 @@ type fileSystems struct {
 type fileSystem struct {
 	roots  []*fileRoot       // where handles can be opened, the marked mounts first
 	told   bool              // the quiet group tells of its directories' renames
+	tried  map[uint64]bool   // mounts that were opened for that, whatever came of it: opening makes events
 	known  map[string]string // the paths of what is marked, by key
 	marks  int               // how many marks of the watcher are on it
 	handle int               // the flag for name_to_handle_at
@@ -403,12 +404,12 @@ func keyOf(dir int, path string, flags int) (string, error) {
 // enter makes sure that what happens to the object of a mark can be resolved,
 // before it is marked: descriptors that are opened for that make no events yet.
 // It counts as a mark, so that nothing is let go of meanwhile.
-func (s *fileSystems) enter(target *markTarget, whole bool) {
+func (s *fileSystems) enter(target *markTarget) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	system := s.byID[target.fsid]
 	if system == nil {
-		system = &fileSystem{known: map[string]string{}}
+		system = &fileSystem{tried: map[uint64]bool{}, known: map[string]string{}}
 		s.byID[target.fsid] = system
 	}
 	system.marks++
@@ -419,8 +420,8 @@ func (s *fileSystems) enter(target *markTarget, whole bool) {
 			system.knowParent(target)
 		}
 	}
-	if !system.reaches(target.mountID) {
-		s.addRoots(system, target, whole)
+	if !system.tried[target.mountID] {
+		s.addRoots(system, target)
 	}
 	if system.roots != nil && !system.told {
 		system.told = s.markQuiet(target.fd)
@@ -435,18 +436,9 @@ func (f *fileSystem) knowParent(target *markTarget) {
 	}
 }
 
-func (f *fileSystem) reaches(mountID uint64) bool {
-	for _, root := range f.roots {
-		if root.mountID == mountID {
-			return true
-		}
-	}
-	return false
-}
-
 // addRoots opens the mount of a target and, if that shows a part of the file
 // system only, one that shows the whole.
-func (s *fileSystems) addRoots(system *fileSystem, target *markTarget, whole bool) {
+func (s *fileSystems) addRoots(system *fileSystem, target *markTarget) {
 	var row procfs.MountInfo
 	eachMount(func(m *procfs.MountInfo) bool {
 		if uint64(m.ID) == target.mountID {
@@ -454,8 +446,10 @@ func (s *fileSystems) addRoots(system *fileSystem, target *markTarget, whole boo
 		}
 		return row.ID == 0
 	})
-	s.addRoot(system, target.openOn(row.MountPoint), target)
-	if !whole || row.Root == "/" {
+	fd, err := target.openOn(row.MountPoint)
+	system.tried[target.mountID] = err != unix.EMFILE && err != unix.ENFILE
+	s.addRoot(system, fd, target)
+	if row.Root == "/" {
 		return
 	}
 	best := procfs.MountInfo{Root: row.Root}
@@ -465,9 +459,10 @@ func (s *fileSystems) addRoots(system *fileSystem, target *markTarget, whole boo
 		}
 		return true
 	})
-	if best.ID == 0 {
+	if best.ID == 0 || system.tried[uint64(best.ID)] {
 		return
 	}
+	system.tried[uint64(best.ID)] = true
 	if root, err := unix.Open(best.MountPoint, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err == nil {
 		s.addRoot(system, root, target)
 	}
@@ -476,21 +471,21 @@ func (s *fileSystems) addRoots(system *fileSystem, target *markTarget, whole boo
 // openOn opens a directory on the mount of the target, for reading: the kernel
 // takes no other descriptor for a handle. point is where the mount is. It
 // returns -1 if there is none.
-func (t *markTarget) openOn(point string) int {
+func (t *markTarget) openOn(point string) (int, error) {
 	dir, path := t.fd, "."
 	if !t.directory {
 		dir, path = unix.AT_FDCWD, point
 	}
 	fd, err := unix.Openat(dir, path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return -1
+		return -1, err
 	}
 	var st unix.Statx_t
 	if statx(fd, &st) != nil || st.Mnt_id != t.mountID {
 		unix.Close(fd)
-		return -1
+		return -1, unix.EXDEV // something is mounted on it
 	}
-	return fd
+	return fd, nil
 }
 
 // addRoot takes fd as a root of the file system if the handle of target can be
@@ -506,7 +501,7 @@ func (s *fileSystems) addRoot(system *fileSystem, fd int, target *markTarget) {
 		err = unix.Fstatfs(fd, &statfs)
 	}
 	key, kerr := keyOf(fd, "", 0)
-	if err != nil || kerr != nil || newFSID(statfs.Fsid.Val) != target.fsid || system.reaches(st.Mnt_id) {
+	if err != nil || kerr != nil || newFSID(statfs.Fsid.Val) != target.fsid {
 		unix.Close(fd)
 		return
 	}
