@@ -20,8 +20,8 @@ var groupsClosing struct {
 	done []chan struct{}
 }
 
-// closeGroups calls end, which closes the descriptors fds of groups, and returns
-// when these are gone.
+// closeGroups calls end, which closes the descriptors fds of groups. These are gone
+// when it returns.
 //
 // The groups go into a message on a socket first, so that end does not wait for
 // the kernel. Then it is closing the socket that does, once for all of them: each
@@ -45,7 +45,9 @@ func closeGroups(fds []int, end func()) {
 	}
 }
 
-// closeAside closes a descriptor, and returns when that is gone.
+// closeAside closes a descriptor on the side, and returns when that is gone, or
+// when it takes too long for a thread to come to it: on a machine with more to
+// do than it can, that may be many milliseconds.
 func closeAside(fd int) {
 	done := make(chan struct{})
 	g := &groupsClosing
@@ -59,7 +61,7 @@ func closeAside(fd int) {
 		g.mu.Unlock()
 		close(done)
 	}()
-	for pause := time.Microsecond; ; pause = min(2*pause, 100*time.Microsecond) {
+	for begin, pause := time.Now(), time.Microsecond; time.Since(begin) < asideWait; pause *= 2 {
 		// If another file gets the number at once, this is only slower.
 		if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == unix.EBADF {
 			return
@@ -71,6 +73,9 @@ func closeAside(fd int) {
 		}
 	}
 }
+
+// asideWait is how long closeAside waits at most. A few microseconds are usual.
+const asideWait = 300 * time.Microsecond
 
 // initGroup is fanotify_init(2). If there is no group left, it waits for those
 // that are being closed.

@@ -129,7 +129,7 @@ func benchFileReceive(b *bench, tree *fileTree) error {
 		contender{"kernstream", func(s *sampler) error { return receiveOurs(b, tree, s, &kernstream.FileOptions{}) }},
 		contender{"raw handles", func(s *sampler) error { return receiveRaw(tree, s, unix.FAN_REPORT_DFID_NAME) }},
 		contender{"readlink of each", func(s *sampler) error { return receiveReadlink(tree, s) }},
-		contender{"acknowledged one by one", func(s *sampler) error { return receiveAcknowledged(tree, s) }})
+		contender{"acknowledged one by one", func(s *sampler) error { return receiveAcknowledged(b, tree, s) }})
 	if err != nil {
 		return err
 	}

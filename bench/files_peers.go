@@ -133,12 +133,31 @@ func receiveReadlink(tree *fileTree, s *sampler) error {
 	return nil
 }
 
-// receiveAcknowledged reads one event at a time, tells the number of its
-// descriptor over a pipe, and closes it when that has been acknowledged over
-// another; who is told finds out the path by readlink(2). So does a snapshotter
-// that learns which files a container opens (stargz-snapshotter), with two
-// processes; here it is one, which is cheaper.
-func receiveAcknowledged(tree *fileTree, s *sampler) error {
+// clientVar is set in the process that is told of descriptors: to the number of
+// the process that has them.
+const clientVar = "KERNSTREAM_BENCH_CLIENT"
+
+// clientMain finds out the path of each descriptor that a line names, by
+// readlink(2), and acknowledges it. It returns its exit status.
+func clientMain(pid string) int {
+	paths := make(map[string]bool)
+	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+		path, err := os.Readlink("/proc/" + pid + "/fd/" + strings.TrimPrefix(lines.Text(), "fd:"))
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "bench: client:", err)
+			return 1
+		}
+		paths[path] = true
+		fmt.Println("ack")
+	}
+	return 0
+}
+
+// receiveAcknowledged reads one event at a time, tells another process the
+// number of its descriptor over a pipe, and closes it when that process, which
+// finds out the path by readlink(2), has acknowledged it over another. So does a
+// snapshotter that learns which files a container opens (stargz-snapshotter).
+func receiveAcknowledged(b *bench, tree *fileTree, s *sampler) error {
 	fd, err := tree.group(0)
 	if err != nil {
 		return err
@@ -149,41 +168,22 @@ func receiveAcknowledged(tree *fileTree, s *sampler) error {
 	if err := tree.open(0, files); err != nil {
 		return err
 	}
-	events, tell, err := os.Pipe()
+	cmd := command(b.ctx, clientVar+"="+strconv.Itoa(os.Getpid()))
+	tell, err := cmd.StdinPipe()
 	if err != nil {
 		return err
 	}
-	acks, acknowledge, err := os.Pipe()
+	acks, err := cmd.StdoutPipe()
 	if err != nil {
-		return errors.Join(err, events.Close(), tell.Close())
+		return err
 	}
-	defer events.Close()
-	defer acknowledge.Close()
-	served := make(chan error, 1)
-	go func() {
-		served <- serveAcknowledged(group, tell, acks, files)
-		tell.Close()
-		acks.Close()
-	}()
-	err = timeEvents(s, files, func() error {
-		lines := bufio.NewScanner(events)
-		paths := make(map[string]bool, files)
-		for lines.Scan() {
-			path, err := os.Readlink("/proc/self/fd/" + strings.TrimPrefix(lines.Text(), "fd:"))
-			if err != nil {
-				return err
-			}
-			paths[path] = true
-			if _, err := fmt.Fprintln(acknowledge, "ack"); err != nil {
-				return err
-			}
-		}
-		if len(paths) != files {
-			return fmt.Errorf("%d paths of %d", len(paths), files)
-		}
-		return lines.Err()
-	})
-	return errors.Join(err, <-served)
+	wait, err := start(cmd)
+	if err != nil {
+		return err
+	}
+	err = timeEvents(s, files, func() error { return serveAcknowledged(group, tell, acks, files) })
+	tell.Close()
+	return errors.Join(err, wait())
 }
 
 func serveAcknowledged(group io.Reader, tell io.Writer, acks io.Reader, n int) error {

@@ -44,6 +44,9 @@ func main() {
 	if dir := os.Getenv(actorVar); dir != "" {
 		os.Exit(actorMain(dir))
 	}
+	if pid := os.Getenv(clientVar); pid != "" {
+		os.Exit(clientMain(pid))
+	}
 	set, err := parseFlags(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {
 		return
