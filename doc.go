@@ -28,7 +28,8 @@
 //  3. When C is closed, everything is over: Err is final, and goroutines,
 //     descriptors and registrations are gone. There is nothing else to wait
 //     for. Only an event that was delivered and owns something may outlive its
-//     stream.
+//     stream. (The kernel takes a while to end a fanotify group; that happens on
+//     the side, after its descriptor is gone.)
 //  4. C is unbuffered unless a source says otherwise, so a delivered event is a
 //     received one.
 //  5. Nothing is dropped in this package. While the consumer is busy, events

@@ -13,10 +13,12 @@ import (
 
 // The mount table of a mount namespace, once and as a stream of changes.
 //
-// What needs which kernel: everything here works from Linux 5.10 on and for any
-// user who can open the /proc/PID/mountinfo in question. The kernel wakes a
-// watcher of that file for mounts, unmounts, moves and most changes of options;
-// what wakes nobody is listed at [MountOptions.Rescan].
+// What needs which kernel: everything works from Linux 5.10 on and for any user
+// who can open the /proc/PID/mountinfo in question. Unique IDs need Linux 6.8
+// (listmount(2)), those of another namespace 6.11 and CAP_SYS_ADMIN over it.
+// From Linux 6.15 on (6.16 in a user namespace), with CAP_SYS_ADMIN in the user
+// namespace that owns the mount namespace, fanotify(7) names the mounts that
+// change, and an event costs the same however many mounts there are.
 //
 // Nothing here touches a mount point (no stat, statfs or open), so a file
 // system that hangs does not stop a watcher.
@@ -28,8 +30,8 @@ import (
 // FSType and FSSource are decoded; Options and SuperOptions keep the octal
 // escapes of the kernel and are taken apart by [SplitOptions].
 type Mount struct {
-	ID       uint64 // unique since boot; 0: not known
-	ParentID uint64 // of the mount that this one is mounted on; 0: not known
+	ID       uint64 // unique since boot (Linux 6.8); 0: not known
+	ParentID uint64 // of the mount that this one is mounted on, which need not be in the table; 0: not known
 
 	MountInfoID       uint32 // given to another mount when this one is gone
 	MountInfoParentID uint32
@@ -44,7 +46,8 @@ type Mount struct {
 	SuperOptions string   // of the file system: "rw,size=1024k"
 
 	// Raw is set for a row that could not be read, and is that row.
-	// MountInfoID is then set if the row shows one, and nothing else is.
+	// MountInfoID is then set if the row shows one, the unique IDs if they are
+	// known, and nothing else is.
 	Raw []byte
 }
 
@@ -55,11 +58,13 @@ type MountChange struct{ Old, New Mount }
 // one by applying Unmounted, Moved, Changed and Mounted in this order, whatever
 // flags are set.
 //
-// A mount is in one list only: in Moved if its mount point or its parent
-// differs, in Changed if anything else does. When a mount moves, those below it
-// are in Moved, too. Mounted, Moved and Changed list older mounts first;
-// Unmounted lists them last. What came and went within one event is not
-// reported.
+// A mount is known by its ID; only where that is 0 by its MountInfoID, which
+// Unmounted gives back before another mount of the event has it. A mount is in
+// one list only: in Moved if its mount point or its parent differs, in Changed
+// if anything else does. When a mount moves, those below it are in Moved, too.
+// Mounted, Moved and Changed list older mounts first; Unmounted lists them
+// last. What came and went within one event is not reported. What one system
+// call does to many mounts may be told in several events.
 //
 // The lists belong to the consumer. What the mounts in them refer to (Optional
 // and Raw) is shared, and must not be changed.
@@ -68,7 +73,7 @@ type MountEvent struct {
 
 	Initial   bool // the first event, whose Mounted is the whole table
 	Coalesced bool // two or more changes of the table in one: held by MountOptions.Coalesce, or for a slow consumer
-	Resync    bool // (some of) it was found by a rescan
+	Resync    bool // (some of) it was found by a rescan, and may have happened before
 
 	Via MountVia // how it was found out
 
@@ -78,13 +83,34 @@ type MountEvent struct {
 	Changed   []MountChange
 }
 
-// A MountVia is a way to follow a mount table.
+// A MountVia is a way to follow a mount table. Both tell the same story.
 type MountVia int
 
 const (
-	ViaAuto      MountVia = iota // the best that works
-	ViaMountinfo                 // /proc/PID/mountinfo is read again after each change
-	ViaFanotify                  // the kernel names the mounts that changed
+	// ViaAuto is ViaFanotify where that works, and ViaMountinfo otherwise.
+	ViaAuto MountVia = iota
+
+	// ViaMountinfo reads /proc/PID/mountinfo again after each change, which
+	// takes some 2 µs per mount. It works everywhere.
+	ViaMountinfo
+
+	// ViaFanotify lets the kernel name the mounts that come, go and move
+	// (FAN_MARK_MNTNS in fanotify_mark(2)), and asks statmount(2) for those. It needs
+	// Linux 6.15, CAP_SYS_ADMIN in the user namespace that owns the mount
+	// namespace (before 6.16 in the initial one), one of the 128 fanotify groups
+	// that a user may have (/proc/sys/fs/fanotify/max_user_groups), and for the
+	// table of another process the right to trace it (ptrace(2)) and that its
+	// root directory is that of its namespace, or the caller's.
+	//
+	// Changes of options and propagation are not told that way. In the caller's
+	// namespace one that comes alone is found at once, after 1 ms and what a
+	// rescan takes; one that comes within a second of a mount, unmount or move
+	// may be found up to a second later, or 30 times what a rescan takes if
+	// that is more, and has Resync. In another namespace all are found that
+	// way. For that, all mounts are looked at after such a time: where
+	// something is mounted all the time, and in other namespaces always, this
+	// takes up to a thirtieth of a processor.
+	ViaFanotify
 )
 
 // String returns "auto", "mountinfo" or "fanotify".
@@ -109,7 +135,8 @@ type MountOptions struct {
 	// has a namespace or root of its own. The table is the one that the process
 	// has at the time of the call: a later chroot(2) or setns(2) of the process
 	// does not count, but the first pivot_root(2) after it shows where it has
-	// its root then. Any user may read it as long as /proc shows the process.
+	// its root then. Of the caller a chroot counts from the next change on.
+	// Any user may read it as long as /proc shows the process.
 	PID int
 
 	// Namespace is an open /proc/PID/ns/mnt, or a file that one was bound
@@ -133,7 +160,7 @@ type MountOptions struct {
 	// of propagation by mount(2), reconfiguration by fsconfig(2), a remount
 	// in another mount namespace, a file system that turns read-only after an
 	// error, renaming a directory above a mount point, and deleting what a bind
-	// mount shows. A rescan costs as much as [Mounts].
+	// mount shows. A rescan costs about as much as [Mounts].
 	Rescan time.Duration
 
 	// Coalesce is asked how long to hold a change back, so that those which
@@ -191,7 +218,8 @@ func SplitOptions(options string) []string {
 // may or may not be.
 //
 // It reads /proc/PID/mountinfo: some 2 µs per mount, nearly all of which the
-// kernel needs to write the text. Options may be nil. The error is an
+// kernel needs to write the text, and takes the unique IDs from listmount(2), where
+// there is one. Options may be nil. The error is an
 // *[OpError]; it Is os.ErrProcessDone when the process of [MountOptions.PID] is
 // gone or a zombie, and fs.ErrPermission when a privilege is missing.
 func Mounts(options *MountOptions) ([]Mount, error) {
@@ -227,18 +255,31 @@ type MountWatcher struct {
 // WatchMounts returns, and no change after that is missed.
 //
 // A slow consumer loses no change, but the steps in between: what happens while
-// an event waits to be received is merged into it. An event costs what reading
-// the table costs (see [Mounts]). Under changes without pause the watcher reads
-// half of the time, and an event comes later by as long as a read takes. While nothing changes, it costs two goroutines (three with a PID) and no time.
+// an event waits to be received is merged into it. If so much happens while the
+// watcher cannot run that the kernel's queue of events overflows (16,384 by
+// default), the whole table is looked at, and the event has Resync.
 //
-// The stream ends with a nil Err when the process of [MountOptions.PID] ends.
-// It keeps the namespace alive until then, or until it is closed. While it
-// runs, it holds open files in /proc, which is busy therefore, and which refer
-// to the root directory: the old root of a pivot_root(2) is busy until the
-// watcher has seen that.
+// What an event costs, and how soon it comes, depends on the way, see
+// [MountVia]. By fanotify it is some 0.1 ms of a processor; in a storm of
+// mounts events are read every 5 ms. By mountinfo it is what reading the table
+// costs (see [Mounts]); under changes without pause the watcher reads half of
+// the time, and an event comes later by as long as a read takes. While nothing
+// changes, it costs two goroutines (three with a PID) and, in the caller's
+// namespace, no time.
+//
+// The stream ends with a nil Err when the process of [MountOptions.PID] ends,
+// and by fanotify when the namespace does, after the last mounts were reported
+// as unmounted. By mountinfo it keeps the namespace alive until it is closed or
+// the process ends. While it runs, it holds open files in /proc, which is busy
+// therefore, and which refer to the root directory: the old root of a
+// pivot_root(2) is busy until the watcher has seen that.
 //
 // Options may be nil. Errors are those of [Mounts], and EMFILE or ENFILE when
-// descriptors have run out; it takes three, four with a PID.
+// descriptors have run out; it takes three, four with a PID. If the way that
+// [MountOptions.Via] asks for is not there, the error says what is missing.
+// The error of a stream is one of the system calls that it needs, and
+// Is errors.ErrUnsupported if this process changes its root directory while it
+// follows another one's table by fanotify.
 func WatchMounts(ctx context.Context, options *MountOptions) (*MountWatcher, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
@@ -246,13 +287,9 @@ func WatchMounts(ctx context.Context, options *MountOptions) (*MountWatcher, err
 	if options == nil {
 		options = &MountOptions{}
 	}
-	source, err := newMountSource(ctx, options)
-	if err != nil {
-		return nil, err
-	}
 	w := &MountWatcher{rescan: make(chan struct{}, 1)}
-	loop := newMountLoop(options, source, w.rescan)
-	if err := loop.begin(ctx); err != nil {
+	loop, err := beginMountLoop(ctx, options, w.rescan)
+	if err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
@@ -262,6 +299,17 @@ func WatchMounts(ctx context.Context, options *MountOptions) (*MountWatcher, err
 		return loop.run(ctx, r.c)
 	})
 	return w, nil
+}
+
+// beginMountLoop makes the source that options ask for, and a loop over it that
+// has begun.
+func beginMountLoop(ctx context.Context, options *MountOptions, rescan <-chan struct{}) (*mountLoop, error) {
+	source, err := newMountSource(ctx, options)
+	if err != nil {
+		return nil, err
+	}
+	loop := newMountLoop(options, source, rescan)
+	return loop, loop.begin(ctx)
 }
 
 // Rescan makes the watcher look at the whole table soon, also for changes that

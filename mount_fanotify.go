@@ -164,17 +164,19 @@ func (s *fanotifySource) mark() error {
 }
 
 // unsupported returns the error of a call that this path needs.
-func (s *fanotifySource) unsupported(call string, err error) error {
-	call1 := os.NewSyscallError(call, err)
+func (s *fanotifySource) unsupported(call string, errno error) error {
+	err := errno
+	if _, wrapped := errors.AsType[*os.SyscallError](err); !wrapped {
+		err = os.NewSyscallError(call, errno)
+	}
 	switch {
-	case errors.Is(err, unix.EPERM) && call == "fanotify_mark":
-		err = fmt.Errorf("%w: it needs CAP_SYS_ADMIN in the user namespace that owns the mount namespace, and before Linux 6.16 in the initial one", call1)
-	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOSYS):
-		err = fmt.Errorf("%w: it needs Linux 6.15: %w", call1, errors.ErrUnsupported)
-	case errors.Is(err, unix.EMFILE) && call == "fanotify_init":
-		err = fmt.Errorf("%w: the user has as many fanotify groups as /proc/sys/fs/fanotify/max_user_groups allows, or the process as many descriptors", call1)
-	default:
-		err = call1
+	case errors.Is(errno, unix.EPERM) && call == "fanotify_mark":
+		err = fmt.Errorf("%w: it needs CAP_SYS_ADMIN in the user namespace that owns the mount namespace, and before Linux 6.16 in the initial one", err)
+	case errors.Is(errno, unix.EINVAL), errors.Is(errno, unix.ENOSYS), errors.Is(errno, unix.EPERM) && call == "fanotify_init":
+		// A kernel that does not know the flag may look at the privilege first.
+		err = fmt.Errorf("%w: it needs Linux 6.15: %w", err, errors.ErrUnsupported)
+	case errors.Is(errno, unix.EMFILE) && call == "fanotify_init":
+		err = fmt.Errorf("%w: the user has as many fanotify groups as /proc/sys/fs/fanotify/max_user_groups allows, or the process as many descriptors as it may", err)
 	}
 	return mountError(call, s.target.name, err)
 }

@@ -37,6 +37,7 @@ type mountinfoSource struct {
 	// stale is set while the files may be of an old root directory, and could
 	// not be opened again.
 	stale bool
+	root  mountRoot // of this process, if the table is its own
 	retry *time.Timer
 	begun bool // a first look was taken
 
@@ -54,6 +55,7 @@ func newMountinfoSource(target *mountTarget, filter func(*Mount) bool) (*mountin
 		tokens: make(chan struct{}, 1),
 		end:    make(chan struct{}),
 	}
+	s.rootChanged() // the one it has counts
 	var err error
 	if s.waiting, s.reading, err = s.open(); err != nil {
 		return nil, err
@@ -149,7 +151,7 @@ func (s *mountinfoSource) look(ctx context.Context, rescan bool, d *mountDelta) 
 	if err != nil {
 		return false, err
 	}
-	if !s.begun || s.stale || movesRoot(diff) {
+	if !s.begun || s.stale || movesRoot(diff) || s.rootChanged() {
 		if diff, err = s.reopen(ctx, diff); diff == nil {
 			return false, err
 		}
@@ -211,7 +213,7 @@ func (s *mountinfoSource) read(ctx context.Context, fd int) (torn bool, err erro
 	if s.text, err = procfs.ReadAll(fd, s.text, ctx.Err); err != nil {
 		return false, err
 	}
-	s.unique.look()
+	s.unique.look(len(s.table.Rows()))
 	return procfs.MountsChanged(fd)
 }
 
@@ -219,6 +221,20 @@ func (s *mountinfoSource) read(ctx context.Context, fd int) (torn bool, err erro
 // opened: after pivot_root(2) they show the table as seen from the old root, and
 // no row at all once that is unmounted. So they are opened again when the table
 // shows that this may have happened.
+
+// rootChanged tells whether this process, if the table is its own, has got another
+// root directory since the last call, by chroot even.
+func (s *mountinfoSource) rootChanged() bool {
+	if !s.target.own {
+		return false
+	}
+	root, err := rootAt(unix.AT_FDCWD, "/")
+	if err != nil || root == s.root {
+		return false
+	}
+	s.root = root
+	return true
+}
 
 // movesRoot tells whether the process may have got another root directory by
 // pivot_root. The mount that was its root has then got another parent.
@@ -271,7 +287,7 @@ func (s *mountinfoSource) reopen(ctx context.Context, old *procfs.MountDiff) (*p
 		s.arm(waiting)
 		diff, err := s.compare(ctx, reading)
 		// With no mount in common, the process has gone to another namespace.
-		elsewhere := err == nil && diff.Kept == 0 && len(diff.Rows) > 0 && len(s.table.Rows()) > 0
+		elsewhere := err == nil && !s.target.own && diff.Kept == 0 && len(diff.Rows) > 0 && len(s.table.Rows()) > 0
 		if err != nil || elsewhere {
 			waiting.Close()
 			reading.Close()

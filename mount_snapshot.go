@@ -27,7 +27,7 @@ func snapshot(fd int, unique *uniqueIDs, filter func(*Mount) bool) ([]Mount, err
 		if err != nil {
 			return nil, err
 		}
-		unique.look()
+		unique.look(len(mounts))
 		torn, err := procfs.MountsChanged(fd)
 		switch {
 		case err != nil:

@@ -17,14 +17,14 @@ import (
 )
 
 // TestMountSoak: tens of thousands of operations on mounts, of every kind, with
-// watchers that start and stop at random. At each quiet point the table that
-// each watcher's events told is the kernel's, and at the end no goroutine,
-// descriptor or mount is left.
+// watchers by either way that start and stop at random. At each quiet point the
+// table that each watcher's events told is the kernel's, so all tell the same
+// story, and at the end no goroutine, descriptor or mount is left.
 func TestMountSoak(t *testing.T) {
 	testenv.NoLeaks(t)
 	dir := labDir(t)
 	const (
-		watchers   = 3
+		watchers   = 4
 		rounds     = 40
 		operations = 1250 // in each round
 	)
@@ -36,7 +36,11 @@ func TestMountSoak(t *testing.T) {
 	for n := range points {
 		points[n] = make(chan chan<- error)
 		random := rand.New(rand.NewPCG(seed, uint64(n)))
-		all.Go(func() { soakWatchers(random, points[n]) })
+		via := kernstream.ViaAuto // fanotify where that works
+		if n%2 == 0 {
+			via = kernstream.ViaMountinfo
+		}
+		all.Go(func() { soakWatchers(random, via, points[n]) })
 	}
 	operator := newOperator(t, dir, rand.New(rand.NewPCG(seed, watchers)))
 	for range testenv.SoakN(rounds) {
@@ -59,6 +63,9 @@ func TestMountSoak(t *testing.T) {
 	}
 	t.Logf("operations that worked: %v", operator.worked)
 	for _, kind := range operatorKinds {
+		if kind == "beneath" && !testenv.KernelAtLeast(6, 5) || kind == "setattr" && !testenv.KernelAtLeast(5, 12) {
+			continue
+		}
 		if operator.worked[kind] == 0 && !t.Failed() {
 			t.Errorf("%s never worked", kind)
 		}
@@ -68,9 +75,9 @@ func TestMountSoak(t *testing.T) {
 // soakWatchers runs one watcher after the other. Each request on points is a
 // quiet point: the answer is whether the table that the events told is the
 // kernel's.
-func soakWatchers(random *rand.Rand, points <-chan chan<- error) {
+func soakWatchers(random *rand.Rand, via kernstream.MountVia, points <-chan chan<- error) {
 	for open := true; open; {
-		options := &kernstream.MountOptions{}
+		options := &kernstream.MountOptions{Via: via}
 		if random.IntN(3) == 0 {
 			options.Coalesce = kernstream.CoalesceFor(time.Duration(random.IntN(2000)) * time.Microsecond)
 			options.MaxDelay = 5 * time.Millisecond
@@ -142,7 +149,7 @@ type operator struct {
 	worked map[string]int
 }
 
-var operatorKinds = []string{"mount", "umount", "lazy umount", "remount", "superblock remount", "bind", "move", "propagation", "setattr"}
+var operatorKinds = []string{"mount", "umount", "lazy umount", "remount", "superblock remount", "bind", "move", "beneath", "propagation", "setattr"}
 
 func newOperator(t testing.TB, dir string, random *rand.Rand) *operator {
 	o := &operator{t: t, random: random, dir: dir, worked: map[string]int{}}
@@ -193,13 +200,17 @@ func (o *operator) operate() {
 		err = unix.Mount(a, b, "", unix.MS_BIND|uintptr(o.random.IntN(2))*unix.MS_REC, "")
 	case "move":
 		err = unix.Mount(a, b, "", unix.MS_MOVE, "")
+	case "beneath":
+		const moveMountBeneath = 0x200
+		var tree int
+		if tree, err = unix.OpenTree(unix.AT_FDCWD, a, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC); err == nil {
+			err = unix.MoveMount(tree, "", unix.AT_FDCWD, b, unix.MOVE_MOUNT_F_EMPTY_PATH|moveMountBeneath)
+			unix.Close(tree)
+		}
 	case "propagation":
 		kinds := []uintptr{unix.MS_SHARED, unix.MS_PRIVATE, unix.MS_SLAVE, unix.MS_UNBINDABLE}
 		err = unix.Mount("", a, "", kinds[o.random.IntN(len(kinds))], "")
 	case "setattr":
-		if !testenv.KernelAtLeast(5, 12) {
-			break
-		}
 		attr := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NODEV}
 		if o.random.IntN(2) == 0 {
 			attr = &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_NODEV}

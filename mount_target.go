@@ -326,7 +326,7 @@ func (t *mountTarget) leaveNamespace() {
 
 // A mountRoot is a root directory.
 type mountRoot struct {
-	mount   uint64 // on which mount it is
+	mount   uint64 // on which mount it is: the unique ID since Linux 6.8
 	dev     uint64
 	ino     uint64
 	ofMount bool // it is the root of the mount
@@ -335,7 +335,7 @@ type mountRoot struct {
 // rootAt returns which directory path is. It does not wait for a file system
 // that hangs.
 func rootAt(dir int, path string) (mountRoot, error) {
-	const mask = unix.STATX_INO | unix.STATX_MNT_ID_UNIQUE
+	const mask = unix.STATX_INO | unix.STATX_MNT_ID | unix.STATX_MNT_ID_UNIQUE
 	var stat unix.Statx_t
 	if err := unix.Statx(dir, path, unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, mask, &stat); err != nil {
 		return mountRoot{}, os.NewSyscallError("statx", err)

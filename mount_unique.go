@@ -2,6 +2,7 @@ package kernstream
 
 import (
 	"iter"
+	"slices"
 
 	"github.com/kernstream/kernstream/internal/procfs"
 	"github.com/kernstream/kernstream/internal/statmount"
@@ -25,10 +26,12 @@ type uniqueIDs struct {
 	rows   []uint64          // the last answer of ask, for its memory
 }
 
-// look lists the mounts there are: after a text was read, and before its end is
-// known not to be torn. Where nothing can be listed, no ID will be known.
-func (u *uniqueIDs) look() {
-	list, err := u.reader.List(u.list)
+// look lists the mounts there are, some n of them: after a text was read, and
+// before its end is known not to be torn. Where nothing can be listed, no ID will
+// be known.
+func (u *uniqueIDs) look(n int) {
+	// With room for one more than there are, one call is enough.
+	list, err := u.reader.List(slices.Grow(u.list[:0], n+n/64+16))
 	u.list = list
 	if err != nil {
 		u.list = u.list[:0]
@@ -36,7 +39,7 @@ func (u *uniqueIDs) look() {
 }
 
 // ofText returns the unique ID of each row of text, 0 for those that are not
-// // known, or nil if none are. torn tells whether the table may have changed
+// known, or nil if none are. torn tells whether the table may have changed
 // between text and look. The result is valid until the next call.
 func (u *uniqueIDs) ofText(text []byte, torn bool) []uint64 {
 	n, first, last := procfs.MountIDRange(text)

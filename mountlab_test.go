@@ -243,6 +243,16 @@ func (l *lab) silently(why string, f func()) *kernstream.MountEvent {
 	return e
 }
 
+// has tells whether the events told of a mount on point.
+func (l *lab) has(point string) bool {
+	for _, m := range l.table {
+		if m.MountPoint == point {
+			return true
+		}
+	}
+	return false
+}
+
 // checkTable compares the table that the events told with the kernel's.
 func (l *lab) checkTable(options *kernstream.MountOptions) {
 	l.t.Helper()

@@ -26,11 +26,7 @@ func benchMountToEvent(b *bench, table *mountTable) error {
 	if err != nil {
 		return err
 	}
-	perRound := b.scale(24, 5)
-	if table.n <= 100 {
-		perRound = b.scale(100, 20)
-	}
-	watch := func(name string, open func(context.Context) (*watching, error)) contender {
+	watch := func(name string, perRound int, open func(context.Context) (*watching, error)) contender {
 		return contender{name, func(s *sampler) error {
 			w, err := open(b.ctx)
 			if err != nil {
@@ -40,13 +36,16 @@ func benchMountToEvent(b *bench, table *mountTable) error {
 			return errors.Join(err, w.close())
 		}}
 	}
-	o, err := b.interleave(1, watch("kernstream", watchOurs), watch("moby/sys re-read", watchPeer))
+	o, err := b.interleave(1,
+		watch("kernstream", b.scale(100, 20), watchOurs),
+		watch("moby/sys re-read", b.scale(20, 5), watchPeer))
 	if err != nil {
 		return err
 	}
-	for _, f := range latencies("µs", microsecond) {
-		b.tell(o, table.n, f, nil)
-	}
+	table.compareSizes(b, o)
+	figures := latencies("µs", microsecond)
+	b.tell(o, table.n, figures[0], map[string]goal{smallName: maxRatio(1.3)})
+	b.tell(o, table.n, figures[1], nil)
 	return nil
 }
 
@@ -85,7 +84,7 @@ func awaitSighting(w *watching, want func(sighting) bool) (sighting, error) {
 }
 
 // cancelGoal is how long a cancel may take, in milliseconds.
-const cancelGoal = 2
+const cancelGoal = 1
 
 // benchCancel measures from cancel to the consumer's end of a watcher's
 // channel, while nothing is mounted. A watcher looks at the table once more

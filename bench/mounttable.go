@@ -14,15 +14,32 @@ const largeTable = 10_000
 // A mountTable is the mounts that cases measure with: each a tmpfs, below a
 // tmpfs of their own.
 type mountTable struct {
-	dir string
-	n   int
+	dir   string
+	n     int
+	small map[string]map[string][]float64 // what cases measured of kernstream with the smallest table
+}
+
+// smallTable is the size that shows what does not depend on the size.
+const smallTable = 100
+
+const smallName = "at 100 mounts"
+
+// compareSizes adds to the outcome of the current case what it was with the
+// smallest table.
+func (t *mountTable) compareSizes(b *bench, o *outcome) {
+	if t.n <= smallTable {
+		t.small[b.name] = o.metrics[0]
+	} else if small, ok := t.small[b.name]; ok {
+		o.contenders = append(o.contenders, smallName)
+		o.metrics = append(o.metrics, small)
+	}
 }
 
 func newMountTable(dir string) (*mountTable, error) {
 	if err := unix.Mount("bench", dir, "tmpfs", 0, "mode=0755"); err != nil {
 		return nil, fmt.Errorf("mount a tmpfs on %s: %w", dir, err)
 	}
-	return &mountTable{dir: dir}, nil
+	return &mountTable{dir: dir, small: make(map[string]map[string][]float64)}, nil
 }
 
 // grow makes the table n mounts large.

@@ -1,0 +1,3 @@
+package statmount
+
+var MakeRequest = makeRequest
