@@ -1,6 +1,7 @@
 package kernstream
 
 import (
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -61,21 +62,23 @@ func closeAside(fd int) {
 		g.mu.Unlock()
 		close(done)
 	}()
-	for begin, pause := time.Now(), time.Microsecond; time.Since(begin) < asideWait; pause *= 2 {
+	// Sleeping would take a millisecond: the runtime's poller knows no less.
+	for begin := time.Now(); ; {
 		// If another file gets the number at once, this is only slower.
 		if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == unix.EBADF {
 			return
 		}
-		select {
-		case <-done:
+		switch waited := time.Since(begin); {
+		case waited > asideWait:
 			return
-		case <-time.After(pause):
+		case waited > asideWait/4:
+			runtime.Gosched() // there may be no other processor
 		}
 	}
 }
 
 // asideWait is how long closeAside waits at most. A few microseconds are usual.
-const asideWait = 300 * time.Microsecond
+const asideWait = 200 * time.Microsecond
 
 // initGroup is fanotify_init(2). If there is no group left, it waits for those
 // that are being closed.
