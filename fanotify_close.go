@@ -1,10 +1,8 @@
 package kernstream
 
 import (
-	"runtime"
 	"slices"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,7 +20,7 @@ var groupsClosing struct {
 }
 
 // closeGroups calls end, which closes the descriptors fds of groups. These are gone
-// when it returns.
+// when it returns; a socket is left for some microseconds.
 //
 // The groups go into a message on a socket first, so that end does not wait for
 // the kernel. Then it is closing the socket that does, once for all of them: each
@@ -46,9 +44,8 @@ func closeGroups(fds []int, end func()) {
 	}
 }
 
-// closeAside closes a descriptor on the side, and returns when that is gone, or
-// when it takes too long for a thread to come to it: on a machine with more to
-// do than it can, that may be many milliseconds.
+// closeAside closes a descriptor, on a thread that has nothing else to do. To
+// wait until it has begun would cost milliseconds on a busy machine.
 func closeAside(fd int) {
 	done := make(chan struct{})
 	g := &groupsClosing
@@ -62,23 +59,7 @@ func closeAside(fd int) {
 		g.mu.Unlock()
 		close(done)
 	}()
-	// Sleeping would take a millisecond: the runtime's poller knows no less.
-	for begin := time.Now(); ; {
-		// If another file gets the number at once, this is only slower.
-		if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == unix.EBADF {
-			return
-		}
-		switch waited := time.Since(begin); {
-		case waited > asideWait:
-			return
-		case waited > asideWait/4:
-			runtime.Gosched() // there may be no other processor
-		}
-	}
 }
-
-// asideWait is how long closeAside waits at most. A few microseconds are usual.
-const asideWait = 200 * time.Microsecond
 
 // initGroup is fanotify_init(2). If there is no group left, it waits for those
 // that are being closed.
