@@ -63,6 +63,22 @@ func TestFilePathFollowsRenames(t *testing.T) {
 	see("beyond/moved/d/f") // a rename on the other file system
 }
 
+// TestFilePathAboveMount: a directory above the mount point is renamed on a file
+// system without a mark, which no event tells.
+func TestFilePathAboveMount(t *testing.T) {
+	needMarks(t)
+	l := newFileLab(t, nil, "above/mnt/")
+	mount(t, "m", l.path("above/mnt"), "tmpfs", 0, "")
+	l.ensure("above/mnt/d/f")
+	l.do(l.w.Mark(kernstream.Mark{Type: filesystem, Path: l.path("above/mnt"), Ops: opOpen}))
+	l.read("above/mnt/d/f")
+	l.want(told{"above/mnt/d/f": opOpen})
+	l.do(os.Rename(l.path("above"), l.path("beyond")))
+	defer umount(t, l.path("beyond/mnt"), unix.MNT_DETACH)
+	l.read("beyond/mnt/d/f")
+	l.want(told{"beyond/mnt/d/f": opOpen})
+}
+
 // TestFilePathRenamePair: a rename has both paths, across directories, over
 // another file, by exchange, and of directories; an inode mark sees the side of
 // its directory.
