@@ -660,3 +660,21 @@ func TestFileEventText(t *testing.T) {
 		}
 	}
 }
+
+// TestFileProcessElsewhere: a process that is not in the process ID namespace of
+// the watcher has no number there.
+func TestFileProcessElsewhere(t *testing.T) {
+	needMarks(t)
+	testenv.NoLeaks(t)
+	l := &fileLab{t: t, dir: labDir(t)}
+	l.ensure("f")
+	a := newAgent(t, unix.CLONE_NEWPID|unix.CLONE_NEWNS)
+	defer a.end()
+	if text := a.do("mark", l.path("f")); text != "" {
+		t.Fatal(text)
+	}
+	l.read("f")
+	if text := a.do("file event"); !strings.HasSuffix(text, " pid 0") || !strings.HasPrefix(text, "open "+l.path("f")) {
+		t.Errorf("event %q; want one without a process", text)
+	}
+}

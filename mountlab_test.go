@@ -539,7 +539,7 @@ func obey(words []string) (text string, err error) {
 		}
 	case "file event": // the next one
 		e := <-agentFiles.C
-		text = fmt.Sprint(e.Ops, " ", e.Path, " ", e.PathState)
+		text = fmt.Sprint(e.Ops, " ", e.Path, " ", e.PathState, " pid ", e.PID)
 	case "mark": // files, for as long as the agent lives; the text is the error
 		var marks []kernstream.Mark
 		for _, path := range words[1:] {
