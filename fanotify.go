@@ -348,6 +348,9 @@ func (w *fileWatch) close() {
 	if quiet != nil {
 		fds = append(fds, quiet.FD())
 	}
+	if fds == nil {
+		return
+	}
 	closeGroups(fds, func() {
 		for _, g := range w.groups {
 			if g != nil {

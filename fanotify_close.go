@@ -1,78 +1,53 @@
 package kernstream
 
 import (
-	"slices"
-	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // Closing a group. The kernel takes its marks off at once, and then waits until
 // no processor may be looking at one of them (an SRCU grace period): that is up
-// to some hundredths of a second within close(2), during which the descriptor is
-// gone already. Nobody has to wait for that, so it happens on the side.
+// to some hundredths of a second within the last close(2). Nobody has to wait for
+// that, so the kernel's collector of sockets is left to do it.
 
-// groupsClosing are the calls of close(2) that have not returned. Their groups
-// count towards the limit until then.
-var groupsClosing struct {
-	mu   sync.Mutex
-	done []chan struct{}
-}
+// groupsClosed is when groups were closed last, in Unix nanoseconds. They count
+// towards the limit until the kernel is through with them.
+var groupsClosed atomic.Int64
+
+// groupsLinger is how long that may take.
+const groupsLinger = 200 * time.Millisecond
 
 // closeGroups calls end, which closes the descriptors fds of groups. These are gone
-// when it returns; a socket is left for some microseconds.
+// when it returns.
 //
-// The groups go into a message on a socket first, so that end does not wait for
-// the kernel. Then it is closing the socket that does, once for all of them: each
-// such wait holds up one of the processors that the runtime has.
+// The groups go into a message to a socket first, so that end does not wait for the
+// kernel. The message holds the socket that it is sent to, too, so that nothing
+// but the kernel's garbage collector (unix(7)) can get at it once all are closed;
+// newer kernels run that on a thread of their own.
 func closeGroups(fds []int, end func()) {
-	if len(fds) == 0 {
-		return
-	}
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		pair = [2]int{-1, -1}
-	} else if err = unix.Sendmsg(pair[0], []byte{0}, unix.UnixRights(fds...), nil, 0); err != nil {
-		unix.Close(pair[1])
-	}
-	if pair[0] >= 0 {
-		unix.Close(pair[0])
+	if err == nil {
+		// If this fails, the last close is in end, which takes longer.
+		unix.Sendmsg(pair[0], []byte{0}, unix.UnixRights(append(fds, pair[1])...), nil, 0)
 	}
 	end()
 	if err == nil {
-		closeAside(pair[1])
+		unix.Close(pair[1])
+		unix.Close(pair[0]) // sets the collector off
 	}
-}
-
-// closeAside closes a descriptor, on a thread that has nothing else to do. To
-// wait until it has begun would cost milliseconds on a busy machine.
-func closeAside(fd int) {
-	done := make(chan struct{})
-	g := &groupsClosing
-	g.mu.Lock()
-	g.done = append(g.done, done)
-	g.mu.Unlock()
-	go func() {
-		unix.Close(fd)
-		g.mu.Lock()
-		g.done = slices.DeleteFunc(g.done, func(c chan struct{}) bool { return c == done })
-		g.mu.Unlock()
-		close(done)
-	}()
+	groupsClosed.Store(time.Now().UnixNano())
 }
 
 // initGroup is fanotify_init(2). If there is no group left, it waits for those
-// that are being closed.
+// that were closed just before.
 func initGroup(flags, eventFlags uint) (int, error) {
-	fd, err := unix.FanotifyInit(flags, eventFlags)
-	if err != unix.EMFILE {
-		return fd, err
+	for {
+		fd, err := unix.FanotifyInit(flags, eventFlags)
+		if err != unix.EMFILE || time.Since(time.Unix(0, groupsClosed.Load())) > groupsLinger {
+			return fd, err
+		}
+		time.Sleep(time.Millisecond)
 	}
-	groupsClosing.mu.Lock()
-	closing := slices.Clone(groupsClosing.done)
-	groupsClosing.mu.Unlock()
-	for _, done := range closing {
-		<-done
-	}
-	return unix.FanotifyInit(flags, eventFlags)
 }
