@@ -13,8 +13,8 @@
 //	return w.Err()
 //
 // The sources are the mount table ([Mounts], [WatchMounts]), the ends of
-// processes ([WatchProcess], [NewProcessWatcher]), and whatever a program makes
-// of [NewStream].
+// processes ([WatchProcess], [NewProcessWatcher]), what happens to files
+// ([WatchFiles]), and whatever a program makes of [NewStream].
 //
 // # What every stream promises
 //
@@ -78,6 +78,8 @@
 //     it. The steps in between are lost, the last state never.
 //   - Processes: nothing is lost. Each watch keeps what is known of its process,
 //     two events at most, until they are received.
+//   - Files: events wait in the kernel. When its queue is full, events are lost,
+//     and one with OpOverflow stands in their place.
 //
 // # Privileges and kernels
 //

@@ -161,21 +161,24 @@ type sourceEnd struct{ err error }
 func (e sourceEnd) Error() string { return e.err.Error() }
 
 // emit sends e to the consumer, or closes it and returns false.
-func (r *run[T]) emit(e T) bool {
+func (r *run[T]) emit(e T) bool { return offer(r.ctx, r.c, e) }
+
+// offer sends e on c, or closes it and returns false when ctx is done.
+func offer[T Event](ctx context.Context, c chan<- T, e T) bool {
 	// A consumer that is always ready must not keep a stream alive that is to
 	// end.
-	if r.ctx.Err() == nil {
+	if ctx.Err() == nil {
 		// Most of the time a buffered channel has room, and a select with one
 		// case is much cheaper than one with two.
 		select {
-		case r.c <- e:
+		case c <- e:
 			return true
 		default:
 		}
 		select {
-		case r.c <- e:
+		case c <- e:
 			return true
-		case <-r.ctx.Done():
+		case <-ctx.Done():
 		}
 	}
 	discard(e)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"time"
 
 	"github.com/kernstream/kernstream"
@@ -288,4 +289,55 @@ func ExampleSaved() {
 	// Output:
 	// <nil>
 	// true
+}
+
+// What happens in a directory, with the path that each file has.
+func ExampleWatchFiles() {
+	dir, err := os.MkdirTemp("", "example")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	w, err := kernstream.WatchFiles(context.Background(), nil, kernstream.Mark{
+		Path: dir,
+		Ops:  kernstream.OpCreate | kernstream.OpMovedTo,
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer w.Close()
+	os.WriteFile(filepath.Join(dir, "draft"), nil, 0o644)
+	os.Rename(filepath.Join(dir, "draft"), filepath.Join(dir, "letter"))
+	for range 2 {
+		e := <-w.C
+		if e.Ops.Has(kernstream.OpOverflow) {
+			log.Fatal("events were lost: look at the directory")
+		}
+		fmt.Println(e.Ops, filepath.Base(e.Path))
+	}
+	// Output:
+	// create draft
+	// moved_to letter
+}
+
+// More can be watched while the stream runs.
+func ExampleFileWatcher_Mark() {
+	w, err := kernstream.WatchFiles(context.Background(), nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer w.Close()
+	err = w.Mark(kernstream.Mark{Path: "example_test.go", Ops: kernstream.OpOpen})
+	if err != nil {
+		log.Fatal(err)
+	}
+	os.ReadFile("example_test.go")
+	fmt.Println((<-w.C).Ops)
+	// Output: open
+}
+
+func ExampleParseFileOp() {
+	ops, err := kernstream.ParseFileOp("open,close_write")
+	fmt.Println(ops, ops.Has(kernstream.OpOpen), err)
+	// Output: close_write|open true <nil>
 }

@@ -1,66 +1,53 @@
 package kernstream
 
 import (
-	"slices"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// Closing a fanotify group. The kernel takes its marks off at once, and then
-// waits until no processor may be looking at one of them (an SRCU grace period):
-// that is up to some hundredths of a second within close(2), during which the
-// descriptor is gone already. Nobody has to wait for that, so it happens on the
-// side.
+// Closing a group. The kernel takes its marks off at once, and then waits until
+// no processor may be looking at one of them (an SRCU grace period): that is up
+// to some hundredths of a second within the last close(2). Nobody has to wait for
+// that, so the kernel's collector of sockets is left to do it.
 
-// groupsClosing are the groups whose close(2) has not returned. They count
-// towards the limit of groups until then.
-var groupsClosing struct {
-	mu   sync.Mutex
-	done []chan struct{}
-}
+// groupsClosed is when groups were closed last, in Unix nanoseconds. They count
+// towards the limit until the kernel is through with them.
+var groupsClosed atomic.Int64
 
-// closeGroup closes a group by calling end, and returns when the descriptor is
-// gone.
-func closeGroup(fd int, end func()) {
-	done := make(chan struct{})
-	g := &groupsClosing
-	g.mu.Lock()
-	g.done = append(g.done, done)
-	g.mu.Unlock()
-	go func() {
-		end()
-		g.mu.Lock()
-		g.done = slices.DeleteFunc(g.done, func(c chan struct{}) bool { return c == done })
-		g.mu.Unlock()
-		close(done)
-	}()
-	for pause := time.Duration(0); ; pause = min(pause+time.Microsecond, 50*time.Microsecond) {
-		// If another file gets the number at once, this is only slower.
-		if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == unix.EBADF {
-			return
-		}
-		select {
-		case <-done:
-			return
-		case <-time.After(pause):
-		}
+// groupsLinger is how long that may take.
+const groupsLinger = 200 * time.Millisecond
+
+// closeGroups calls end, which closes the descriptors fds of groups. These are gone
+// when it returns.
+//
+// The groups go into a message to a socket first, so that end does not wait for the
+// kernel. The message holds the socket that it is sent to, too, so that nothing
+// but the kernel's garbage collector (unix(7)) can get at it once all are closed;
+// newer kernels run that on a thread of their own.
+func closeGroups(fds []int, end func()) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		// If this fails, the last close is in end, which takes longer.
+		unix.Sendmsg(pair[0], []byte{0}, unix.UnixRights(append(fds, pair[1])...), nil, 0)
 	}
+	end()
+	if err == nil {
+		unix.Close(pair[1])
+		unix.Close(pair[0]) // sets the collector off
+	}
+	groupsClosed.Store(time.Now().UnixNano())
 }
 
 // initGroup is fanotify_init(2). If there is no group left, it waits for those
-// that are being closed.
+// that were closed just before.
 func initGroup(flags, eventFlags uint) (int, error) {
-	fd, err := unix.FanotifyInit(flags, eventFlags)
-	if err != unix.EMFILE {
-		return fd, err
+	for {
+		fd, err := unix.FanotifyInit(flags, eventFlags)
+		if err != unix.EMFILE || time.Since(time.Unix(0, groupsClosed.Load())) > groupsLinger {
+			return fd, err
+		}
+		time.Sleep(time.Millisecond)
 	}
-	groupsClosing.mu.Lock()
-	closing := slices.Clone(groupsClosing.done)
-	groupsClosing.mu.Unlock()
-	for _, done := range closing {
-		<-done
-	}
-	return unix.FanotifyInit(flags, eventFlags)
 }

@@ -392,7 +392,7 @@ func (s *fanotifySource) release() {
 	if s.group != nil {
 		fd := -1
 		s.group.Control(func(group int) { fd = group })
-		closeGroup(fd, func() {
+		closeGroups([]int{fd}, func() {
 			s.group.Close()
 			s.groupWaiter.Wait()
 		})

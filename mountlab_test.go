@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -386,6 +387,10 @@ func newAgent(t testing.TB, flags uintptr) *agent {
 	testenv.NeedMounts(t)
 	cmd := testenv.Child(t, "agent")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
+	if flags&unix.CLONE_NEWUSER != 0 {
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}}
+		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}}
+	}
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -463,7 +468,7 @@ func agentMain([]string) int {
 		var err error
 		answer.Text, err = obey(words)
 		if err != nil {
-			errno, ok := err.(syscall.Errno)
+			errno, ok := errors.AsType[syscall.Errno](err)
 			if !ok {
 				fmt.Fprintln(os.Stderr, "agent:", err)
 				return 1
@@ -517,6 +522,32 @@ func obey(words []string) (text string, err error) {
 		if err = unix.Chroot(word(1)); err == nil {
 			err = unix.Chdir("/")
 		}
+	case "read": // a file
+		var file []byte
+		if file, err = os.ReadFile(word(1)); err == nil {
+			text = string(file)
+		}
+	case "limit": // name below /proc/sys/user, value
+		err = os.WriteFile("/proc/sys/user/"+word(1), []byte(word(2)), 0)
+	case "write": // a file, its contents
+		err = os.WriteFile(word(1), []byte(word(2)), 0o644)
+	case "mark filesystem": // one
+		agentFiles, err = kernstream.WatchFiles(context.Background(), nil,
+			kernstream.Mark{Type: kernstream.MarkFilesystem, Path: word(1), Ops: kernstream.OpOpen})
+		if err != nil {
+			text, err = err.Error(), nil
+		}
+	case "file event": // the next one
+		e := <-agentFiles.C
+		text = fmt.Sprint(e.Ops, " ", e.Path, " ", e.PathState, " pid ", e.PID)
+	case "mark": // files, for as long as the agent lives; the text is the error
+		var marks []kernstream.Mark
+		for _, path := range words[1:] {
+			marks = append(marks, kernstream.Mark{Path: path, Ops: kernstream.OpOpen})
+		}
+		if agentFiles, err = kernstream.WatchFiles(context.Background(), nil, marks...); err != nil {
+			text, err = err.Error(), nil
+		}
 	case "mounts": // a snapshot
 		var mounts []kernstream.Mount
 		if mounts, err = kernstream.Mounts(nil); err == nil {
@@ -548,8 +579,11 @@ func obey(words []string) (text string, err error) {
 	return text, err
 }
 
-// agentWatcher is the watcher of an agent.
-var agentWatcher *kernstream.MountWatcher
+// agentWatcher and agentFiles are the watchers of an agent.
+var (
+	agentWatcher *kernstream.MountWatcher
+	agentFiles   *kernstream.FileWatcher
+)
 
 func marshalMounts(mounts []kernstream.Mount) string {
 	list := make([]*kernstream.Mount, len(mounts))

@@ -26,6 +26,8 @@ import (
 //	paced N   does the same with 4 ms after each mount and each unmount
 //	storm     goes on doing that, from before the answer (0) on
 //	calm      ends the storm; the answer is how many pairs that were
+//	open N DIR        opens and closes the N files of a fileTree; the answer is how many ns that took
+//	open storm N DIR  goes on doing that, until calm; the answer is then how many opens that were
 
 // actorVar is set in the actor: to the directory that it mounts on.
 const actorVar = "KERNSTREAM_BENCH_ACTOR"
@@ -40,7 +42,8 @@ func actorMain(dir string) int {
 }
 
 func serveActor(dir string, in io.Reader, out io.Writer) error {
-	storm := &storm{dir: dir}
+	pairs := &storm{once: func() error { return mountPair(dir) }}
+	storm := pairs
 	for commands := bufio.NewScanner(in); commands.Scan(); {
 		name, arg, _ := strings.Cut(commands.Text(), " ")
 		var answer int64
@@ -57,7 +60,16 @@ func serveActor(dir string, in io.Reader, out io.Writer) error {
 				answer, err = pacedPairs(dir, n)
 			}
 		case "storm":
+			storm = pairs
 			err = storm.begin()
+		case "open":
+			if arg, endless := strings.CutPrefix(arg, "storm "); endless {
+				if storm, err = openStorm(arg); err == nil {
+					err = storm.begin()
+				}
+				break
+			}
+			answer, err = timeOpens(arg)
 		case "calm":
 			answer, err = storm.finish()
 		default:
@@ -107,9 +119,39 @@ func mountPair(dir string) error {
 	return unmount(dir)
 }
 
-// storm mounts and unmounts without a pause.
+// parseTree reads the words of a command: the number of files, and where.
+func parseTree(arg string) (*fileTree, error) {
+	n, dir, _ := strings.Cut(arg, " ")
+	files, err := strconv.Atoi(n)
+	return &fileTree{dir: dir, files: files}, err
+}
+
+func timeOpens(arg string) (int64, error) {
+	tree, err := parseTree(arg)
+	if err != nil {
+		return 0, err
+	}
+	begin := time.Now()
+	err = tree.open(0, tree.files)
+	return time.Since(begin).Nanoseconds(), err
+}
+
+func openStorm(arg string) (*storm, error) {
+	tree, err := parseTree(arg)
+	if err != nil {
+		return nil, err
+	}
+	i := 0
+	return &storm{once: func() error {
+		i = (i + 1) % tree.files
+		return tree.open(i, i+1)
+	}}, nil
+}
+
+// storm does something without a pause: mounting and unmounting, or opening
+// files.
 type storm struct {
-	dir     string
+	once    func() error
 	stop    atomic.Bool
 	running sync.WaitGroup
 	pairs   int64 // valid when it does not run
@@ -117,12 +159,12 @@ type storm struct {
 }
 
 func (s *storm) begin() error {
-	s.pairs, s.err = 0, mountPair(s.dir)
+	s.pairs, s.err = 0, s.once()
 	s.stop.Store(false)
 	s.running.Go(func() {
 		for s.err == nil && !s.stop.Load() {
 			s.pairs++
-			s.err = mountPair(s.dir)
+			s.err = s.once()
 		}
 	})
 	return nil

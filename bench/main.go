@@ -27,6 +27,7 @@ import (
 // groups are the cases that there are, in the order in which they run.
 var groups = []group{
 	{"mounts", benchMounts},
+	{"files", benchFiles},
 	{"streams", benchStreams},
 	{"pids", benchPids},
 }
@@ -49,6 +50,9 @@ func main() {
 	}
 	if name := os.Getenv(designVar); name != "" {
 		os.Exit(designMain(name))
+	}
+	if pid := os.Getenv(clientVar); pid != "" {
+		os.Exit(clientMain(pid))
 	}
 	set, err := parseFlags(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {

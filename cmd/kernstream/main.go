@@ -36,6 +36,7 @@ usage: kernstream COMMAND [flags]
 commands:
   mounts    the mount table, and every change of it
   wait      the ends of processes, of any that are there
+  files     what happens to files, directories and file systems
 
 flags of every command:
   -json         print one JSON object per line
@@ -53,6 +54,7 @@ exit status: 0 done or interrupted, 1 failure, 2 usage, 3 timeout,
 var commands = map[string]func(ctx context.Context, env *environment, args []string) error{
 	"mounts": mounts,
 	"wait":   waitProcesses,
+	"files":  files,
 }
 
 // environment is what a command uses of the process.

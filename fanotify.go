@@ -1,0 +1,596 @@
+package kernstream
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/procfs"
+)
+
+// File-system events, by way of fanotify(7).
+//
+// What needs which kernel: marks of inodes by any user, and names in events, work
+// from Linux 5.13 on, and from 5.10 on with CAP_SYS_ADMIN; the rest is said
+// where it is.
+//
+// The kernel queues at most /proc/sys/fs/fanotify/max_queued_events for a
+// watcher, and merges what a process does to one object while it waits there.
+// When the queue is full, events are lost, and an event with OpOverflow stands
+// in their place.
+
+// FileOptions say what a watcher reports about each event. The zero value is
+// what works for every user.
+type FileOptions struct {
+	// Group is a fanotify group that was made elsewhere, with its marks. It
+	// must be of the notification class. If the constructor succeeds, it takes
+	// the group over and closes the file; otherwise that stays the caller's.
+	// Nobody else may read from it. What the group reports was decided when
+	// it was made.
+	Group *os.File
+
+	// Descriptors asks for an open descriptor of the file with each event: of
+	// what it was, however it is called by now. Each event must be closed then.
+	// It needs CAP_SYS_ADMIN, and works on every file system, for OpAccess,
+	// OpModify, OpClose, OpOpen and OpOpenExec on regular files and directories.
+	Descriptors bool
+
+	// EventFlags are the open(2) flags of those descriptors: O_RDONLY, O_WRONLY
+	// or O_RDWR, with any of O_APPEND, O_NONBLOCK, O_SYNC, O_DSYNC, O_LARGEFILE
+	// and O_NOATIME. O_CLOEXEC is always set. A file that cannot be opened that
+	// way (a running program, for writing) is an event with Err.
+	EventFlags int
+
+	// ReportTID reports the thread instead of the process: FileEvent.TID. It
+	// needs CAP_SYS_ADMIN.
+	ReportTID bool
+
+	// ReportPidFD adds a pidfd of the process to each event (Linux 5.15), so
+	// that its number cannot be mistaken for a later process's. Each event must
+	// be closed then. It needs CAP_SYS_ADMIN, makes events some microseconds
+	// dearer, and does not go together with ReportTID.
+	ReportPidFD bool
+
+	// UnlimitedQueue lifts the limit of the queue, at the cost of kernel memory;
+	// UnlimitedMarks that of marks. Each needs CAP_SYS_ADMIN.
+	UnlimitedQueue bool
+	UnlimitedMarks bool
+}
+
+// check says what is wrong with the options.
+func (o *FileOptions) check() error {
+	allowed := unix.O_ACCMODE | unix.O_APPEND | unix.O_NONBLOCK | unix.O_SYNC | unix.O_DSYNC | unix.O_CLOEXEC | unix.O_LARGEFILE | unix.O_NOATIME
+	odd := o.EventFlags &^ allowed
+	switch {
+	case o.EventFlags != 0 && !o.Descriptors:
+		return errCannot("EventFlags are for descriptors: set Descriptors, too")
+	case o.EventFlags&unix.O_ACCMODE == unix.O_ACCMODE:
+		return errCannot("EventFlags: O_WRONLY and O_RDWR are both set")
+	case odd != 0:
+		return errCannot("EventFlags: the kernel does not open files of events with %s", openFlagNames(odd))
+	}
+	return nil
+}
+
+// openFlagNames names flags of open(2) that are not for events.
+func openFlagNames(flags int) string {
+	var names []string
+	for _, f := range []struct {
+		flag int
+		name string
+	}{
+		{unix.O_PATH, "O_PATH"},
+		{unix.O_TMPFILE, "O_TMPFILE"},
+		{unix.O_DIRECTORY, "O_DIRECTORY"},
+		{unix.O_CREAT, "O_CREAT"},
+		{unix.O_EXCL, "O_EXCL"},
+		{unix.O_NOCTTY, "O_NOCTTY"},
+		{unix.O_TRUNC, "O_TRUNC"},
+		{unix.O_ASYNC, "O_ASYNC"},
+		{unix.O_DIRECT, "O_DIRECT"},
+		{unix.O_NOFOLLOW, "O_NOFOLLOW"},
+	} {
+		if flags&f.flag == f.flag {
+			names = append(names, f.name)
+			flags &^= f.flag
+		}
+	}
+	if flags != 0 {
+		names = append(names, "0x"+strconv.FormatInt(int64(flags), 16))
+	}
+	return strings.Join(names, ", ")
+}
+
+// A FileWatcher is a stream of what happens to the files that its marks ask
+// for.
+//
+// C has a buffer of 64 events. Mark, Unmark, Flush and Control may be called at
+// any time, from any goroutine.
+type FileWatcher struct {
+	*Stream[*FileEvent]
+	watch *fileWatch
+}
+
+// fileBuffer is the capacity of C: with it the reader and the consumer change
+// places once for dozens of events.
+const fileBuffer = 64
+
+// WatchFiles reports what happens to files, directories and file systems, from
+// the time of the call until ctx is done. More marks may be set later.
+//
+// Each mark goes to a fanotify group that names a directory and an entry for
+// each event. Where the file system does not support that (overlay, fuse, proc,
+// a btrfs subvolume, for some types of marks), it goes to a second group, which
+// opens the file for each event, and closes it once its path is known;
+// [FileEvent.Via] says which one an event is from. A mark whose operations that
+// group cannot report is refused.
+//
+// Any user may mark inodes that he can read, and then learns the paths of marked
+// objects and of the files in marked directories, for as long as these are not
+// renamed, but not which process it was. Everything else needs CAP_SYS_ADMIN, and the paths of a whole
+// mount or file system CAP_DAC_READ_SEARCH, too.
+//
+// The watcher keeps a directory open on each mount with a mark as long as there
+// is a mark of that file system, or an event in the queue, so that the mount is
+// busy (umount -l works). It
+// takes up to two of the 128 groups that a user may have (max_user_groups), and
+// one more to be told of renamed directories. The queue of a watcher in use
+// costs nobody a thread.
+//
+// A slow consumer loses nothing until the kernel's queue is full. That is an
+// event with OpOverflow: a scan of the files that begins after it finds what
+// was lost, if the consumer goes on receiving meanwhile.
+//
+// Options may be nil. The error is an *[OpError] that names the mark and what
+// is missing: it Is fs.ErrPermission for want of a privilege, and
+// errors.ErrUnsupported if the kernel or the file system is not capable.
+func WatchFiles(ctx context.Context, options *FileOptions, marks ...Mark) (*FileWatcher, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	watch, err := newFileWatch(options, marks)
+	if err != nil {
+		return nil, err
+	}
+	w := &FileWatcher{watch: watch}
+	w.Stream = newStream(ctx, fileBuffer, func(ctx context.Context, r *run[*FileEvent]) error {
+		return watch.run(ctx, r.c)
+	})
+	return w, nil
+}
+
+// Mark adds marks: all, or if one fails, none. After the end of the stream the
+// error Is os.ErrClosed.
+//
+// Operations that may come without a directory to name the file by (OpAttrib,
+// OpDeleteSelf, OpMoveSelf and OpFSError) make all events of a watcher dearer,
+// which is decided at its start: one of them must have been in the marks of
+// WatchFiles, or there must have been none.
+func (w *FileWatcher) Mark(marks ...Mark) error { return w.watch.add(marks) }
+
+// Unmark takes the operations of marks away again. A mark without any is gone.
+// What is in the queue already still comes. The error Is fs.ErrNotExist if there
+// is no such mark; marks before that in the list are gone.
+func (w *FileWatcher) Unmark(marks ...Mark) error { return w.watch.remove(marks) }
+
+// Flush takes all marks of one type away, ignore marks included.
+func (w *FileWatcher) Flush(t MarkType) error { return w.watch.flush(t) }
+
+// Control calls use with the descriptor of each fanotify group of the watcher,
+// for what this package does not do. Marks that use sets are not resolved unless
+// the watcher has one on the same file system. use must not read, nor close the
+// descriptor. After the end of the stream the error Is os.ErrClosed.
+func (w *FileWatcher) Control(use func(fd int)) error { return w.watch.control(use) }
+
+// A fileWatch is what is behind a FileWatcher: its groups, its marks, and what
+// runs.
+type fileWatch struct {
+	options FileOptions
+	systems *fileSystems
+	failed  chan error // what ended a reader
+	first   FileVia    // the kind of group that marks go to, if that can be
+	readers sync.WaitGroup
+
+	blocking bool // an adopted group was, when it came
+
+	mu     sync.Mutex
+	closed bool
+	groups [2]*fileGroup // by FileVia; nil: not needed yet
+	marks  map[markID]*markState
+	ctx    context.Context // nil: not running yet
+	c      chan<- *FileEvent
+}
+
+// markID is an object with a mark in one of the groups.
+type markID struct {
+	via    FileVia
+	typ    MarkType
+	ignore bool
+	object string
+}
+
+type markState struct {
+	ops  FileOp
+	fsid fsID
+}
+
+func newFileWatch(options *FileOptions, marks []Mark) (_ *fileWatch, err error) {
+	w := &fileWatch{marks: map[markID]*markState{}, failed: make(chan error, len(fileWatch{}.groups))}
+	if options != nil {
+		w.options = *options
+	}
+	if err := w.options.check(); err != nil {
+		return nil, fileError("fanotify_init", "", err)
+	}
+	for i := range marks {
+		if err := marks[i].check(&w.options); err != nil {
+			return nil, fileError("fanotify_mark", marks[i].name(), err)
+		}
+	}
+	if w.systems, err = newFileSystems(); err != nil {
+		return nil, err
+	}
+	if err = w.begin(marks); err == nil {
+		err = w.add(marks)
+	}
+	if err != nil {
+		w.giveBack()
+		w.close()
+		return nil, err
+	}
+	if w.options.Group != nil {
+		w.options.Group.Close()
+	}
+	return w, nil
+}
+
+// begin makes the first group.
+func (w *fileWatch) begin(marks []Mark) (err error) {
+	var g *fileGroup
+	switch {
+	case w.options.Group != nil:
+		g, w.blocking, err = adoptGroup(w.options.Group, &w.options)
+	case w.options.Descriptors:
+		g, err = newDescriptorGroup(&w.options)
+	default:
+		files := len(marks) == 0
+		for i := range marks {
+			files = files || marks[i].Ops&opSelf != 0
+		}
+		g, err = newHandleGroup(&w.options, files)
+	}
+	if err != nil {
+		return err
+	}
+	w.first = g.via
+	w.use(g)
+	if w.options.Group != nil {
+		return w.adoptMarks(g)
+	}
+	return nil
+}
+
+// use makes g the group of its kind.
+func (w *fileWatch) use(g *fileGroup) {
+	w.groups[g.via] = g
+	if g.via == ViaHandle {
+		w.systems.queued = g.queued
+	}
+}
+
+// giveBack leaves an adopted group as it was.
+func (w *fileWatch) giveBack() {
+	if w.blocking {
+		w.groups[w.first].file.Control(func(fd int) { unix.SetNonblock(fd, false) })
+	}
+}
+
+// run is the life of the stream.
+func (w *fileWatch) run(ctx context.Context, c chan<- *FileEvent) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	w.mu.Lock()
+	w.ctx, w.c = ctx, c
+	for _, g := range w.groups {
+		w.start(g)
+	}
+	w.mu.Unlock()
+	err := error(nil)
+	select {
+	case <-ctx.Done():
+		err = ctx.Err()
+	case err = <-w.failed:
+	}
+	w.mu.Lock()
+	w.closed = true // no reader starts from now on
+	w.mu.Unlock()
+	stop()
+	w.readers.Wait()
+	select {
+	case err = <-w.failed: // before, or because of nothing but itself
+	default:
+	}
+	w.close()
+	return err
+}
+
+// start reads from a group once the stream runs.
+func (w *fileWatch) start(g *fileGroup) {
+	if g == nil || w.ctx == nil {
+		return
+	}
+	ctx, c := w.ctx, w.c
+	r := &fileReader{group: g, paths: newPathCache(w.systems), send: func(e *FileEvent) bool { return offer(ctx, c, e) }}
+	w.readers.Go(func() {
+		if err := r.run(ctx); isOpError(err) {
+			w.failed <- err
+		}
+	})
+}
+
+// close lets go of everything.
+func (w *fileWatch) close() {
+	var fds []int
+	for _, g := range w.groups {
+		if g != nil {
+			fds = append(fds, g.fd())
+		}
+	}
+	quiet := w.systems.close()
+	if quiet != nil {
+		fds = append(fds, quiet.FD())
+	}
+	if fds == nil {
+		return
+	}
+	closeGroups(fds, func() {
+		for _, g := range w.groups {
+			if g != nil {
+				g.file.Close()
+			}
+		}
+		if quiet != nil {
+			quiet.Close()
+		}
+	})
+}
+
+// group returns a group of a kind, which it makes if need be.
+func (w *fileWatch) group(via FileVia) (g *fileGroup, err error) {
+	if g = w.groups[via]; g != nil {
+		return g, nil
+	}
+	if via == ViaHandle {
+		g, err = newHandleGroup(&w.options, true)
+	} else {
+		g, err = newDescriptorGroup(&w.options)
+	}
+	if err != nil {
+		return nil, err
+	}
+	w.use(g)
+	w.start(g)
+	return g, nil
+}
+
+// add sets marks, or none of them.
+func (w *fileWatch) add(marks []Mark) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var undo []func()
+	for i := range marks {
+		target, err := w.addOne(&marks[i], &undo)
+		if target != nil {
+			defer target.close()
+		}
+		if err != nil {
+			for _, u := range slices.Backward(undo) {
+				u()
+			}
+			return markError(&marks[i], err)
+		}
+	}
+	return nil
+}
+
+func markError(m *Mark, err error) error {
+	op := "fanotify_mark"
+	if call, ok := errors.AsType[*os.SyscallError](err); ok {
+		op = call.Syscall
+	}
+	if isOpError(err) {
+		return err
+	}
+	return fileError(op, m.name(), err)
+}
+
+// addOne sets one mark. undo gets what takes it away again, for which target
+// must be open.
+func (w *fileWatch) addOne(m *Mark, undo *[]func()) (target *markTarget, err error) {
+	if w.closed {
+		return nil, os.ErrClosed
+	}
+	if err := m.check(&w.options); err != nil {
+		return nil, err
+	}
+	if target, err = m.target(w.systems.readlink); err != nil {
+		return nil, err
+	}
+	descriptor := m.Ops & opDescriptor
+	if w.first == ViaHandle {
+		err := w.set(ViaHandle, m, m.Ops, target, undo)
+		switch {
+		case err == nil && m.Ignore != NoIgnore && w.groups[ViaDescriptor] != nil && descriptor != 0:
+			// What it takes away may come from the other group.
+			return target, w.set(ViaDescriptor, m, descriptor, target, undo)
+		case err == nil:
+			return target, nil
+		case !target.withoutHandles(err):
+			return target, m.explain(err, target)
+		case m.Ops != descriptor:
+			return target, target.refuse(m, err)
+		}
+	} else if m.Ops != descriptor {
+		return target, errCannot("%v come without a descriptor, and the group of this watcher is of descriptors", m.Ops&^descriptor)
+	}
+	return target, m.explain(w.set(ViaDescriptor, m, m.Ops, target, undo), target)
+}
+
+// withoutHandles tells whether a mark failed because the file system has no
+// handles, or none that serve for a mark of this type.
+func (t *markTarget) withoutHandles(err error) bool {
+	return t.unidentified != nil || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EXDEV)
+}
+
+// refuse is the error of a mark that neither group can carry.
+func (t *markTarget) refuse(m *Mark, err error) error {
+	name := "the file system"
+	eachMount(func(row *procfs.MountInfo) bool {
+		found := uint64(row.ID) == t.mountID
+		if found {
+			name = row.FSType
+		}
+		return !found
+	})
+	return fmt.Errorf("%w: %s does not support file handles for a mark of the type %v, and %v need them: %w",
+		os.NewSyscallError("fanotify_mark", err), name, m.Type, m.Ops&^opDescriptor, errors.ErrUnsupported)
+}
+
+// set sets a mark in one of the groups. undo gets what takes it away again.
+func (w *fileWatch) set(via FileVia, m *Mark, ops FileOp, target *markTarget, undo *[]func()) error {
+	g, err := w.group(via)
+	if err != nil {
+		return err
+	}
+	if via == ViaHandle {
+		if self := ops & opSelf; self != 0 && g.flags&reportFiles == 0 {
+			return errCannot("%v may come without a directory to name the file by: this watcher was started without a mark for that", self)
+		}
+		w.systems.enter(target)
+		defer w.systems.hold(target.fsid, -1)
+	}
+	flags := m.Type.flags() | m.Ignore.flags() | m.Flags.flags()&unix.FAN_MARK_EVICTABLE
+	if err := g.mark(unix.FAN_MARK_ADD|flags, ops, target); err != nil {
+		return err
+	}
+	id := markID{via, m.Type, m.Ignore != NoIgnore, target.object(m.Type)}
+	state := w.marks[id]
+	if state == nil {
+		state = &markState{fsid: target.fsid}
+		w.marks[id] = state
+		if via == ViaHandle {
+			w.systems.hold(target.fsid, 1)
+		}
+	}
+	added := ops &^ state.ops
+	state.ops |= ops
+	*undo = append(*undo, func() {
+		if added != 0 && g.mark(unix.FAN_MARK_REMOVE|flags&^unix.FAN_MARK_EVICTABLE, added, target) == nil {
+			w.forget(id, added)
+		}
+	})
+	return nil
+}
+
+// forget takes operations from what is known of a mark.
+func (w *fileWatch) forget(id markID, ops FileOp) {
+	state := w.marks[id]
+	if state == nil {
+		return
+	}
+	if state.ops &^= ops; state.ops&^opModifiers != 0 {
+		return
+	}
+	delete(w.marks, id)
+	if id.via == ViaHandle {
+		w.systems.hold(state.fsid, -1)
+	}
+}
+
+func (w *fileWatch) remove(marks []Mark) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for i := range marks {
+		if err := w.removeOne(&marks[i]); err != nil {
+			return markError(&marks[i], err)
+		}
+	}
+	return nil
+}
+
+func (w *fileWatch) removeOne(m *Mark) error {
+	if w.closed {
+		return os.ErrClosed
+	}
+	target, err := m.target(w.systems.readlink)
+	if err != nil {
+		return err
+	}
+	defer target.close()
+	err = os.NewSyscallError("fanotify_mark", unix.ENOENT)
+	for _, g := range w.groups {
+		ops := m.Ops
+		if g != nil && g.via == ViaDescriptor && w.first == ViaHandle {
+			ops &= opDescriptor
+		}
+		if g == nil || ops == 0 {
+			continue
+		}
+		switch rerr := g.mark(unix.FAN_MARK_REMOVE|m.Type.flags()|m.Ignore.flags(), ops, target); {
+		case rerr == nil:
+			w.forget(markID{g.via, m.Type, m.Ignore != NoIgnore, target.object(m.Type)}, ops)
+			err = nil
+		case !errors.Is(rerr, unix.ENOENT) && !target.withoutHandles(rerr):
+			return m.explain(rerr, target)
+		}
+	}
+	return err
+}
+
+func (w *fileWatch) flush(t MarkType) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return fileError("fanotify_mark", "", os.ErrClosed)
+	}
+	for _, g := range w.groups {
+		if g == nil {
+			continue
+		}
+		var err error
+		cerr := g.file.Control(func(fd int) {
+			err = unix.FanotifyMark(fd, unix.FAN_MARK_FLUSH|t.flags(), 0, unix.AT_FDCWD, "/")
+		})
+		if err = cmp.Or(cerr, err); err != nil {
+			return fileError("fanotify_mark", "", os.NewSyscallError("fanotify_mark", err))
+		}
+	}
+	for id := range w.marks {
+		if id.typ == t {
+			w.forget(id, ^FileOp(0))
+		}
+	}
+	return nil
+}
+
+func (w *fileWatch) control(use func(fd int)) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return fileError("control", "", os.ErrClosed)
+	}
+	for _, g := range w.groups {
+		if g != nil {
+			g.file.Control(use)
+		}
+	}
+	return nil
+}

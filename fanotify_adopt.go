@@ -1,0 +1,117 @@
+package kernstream
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/procfs"
+)
+
+// A group that was made elsewhere, by systemd say, or by a parent with more
+// privileges.
+
+// adoptGroup returns a group for the same description as file's, which stays
+// the caller's. blocking tells whether it was one on which read(2) blocks.
+func adoptGroup(file *os.File, options *FileOptions) (g *fileGroup, blocking bool, err error) {
+	conn, err := file.SyscallConn()
+	if err != nil {
+		return nil, false, fileError("adopt", file.Name(), os.ErrClosed)
+	}
+	fd, mode := -1, 0
+	var flags uint
+	cerr := conn.Control(func(own uintptr) {
+		if flags, err = groupFlags(int(own)); err != nil {
+			return
+		}
+		if mode, err = unix.FcntlInt(own, unix.F_GETFL, 0); err == nil {
+			fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 0)
+		}
+		err = os.NewSyscallError("fcntl", err)
+	})
+	if cerr != nil {
+		err = os.ErrClosed
+	}
+	if err != nil {
+		return nil, false, fileError("adopt", file.Name(), err)
+	}
+	g, err = newFileGroup(fd, flags, options)
+	return g, mode&unix.O_NONBLOCK == 0, err
+}
+
+// groupFlags returns the flags that a group was made with, from its fdinfo
+// (proc_pid_fdinfo(5)).
+func groupFlags(fd int) (uint, error) {
+	for _, line := range groupLines(fd) {
+		var flags, eventFlags uint
+		if n, _ := fmt.Sscanf(line, "fanotify flags:%x event-flags:%x", &flags, &eventFlags); n != 2 {
+			continue
+		}
+		switch {
+		case flags&(unix.FAN_CLASS_CONTENT|unix.FAN_CLASS_PRE_CONTENT) != 0:
+			return 0, errCannot("the events of a group of this class wait for an answer")
+		case flags&unix.FAN_REPORT_MNT != 0:
+			return 0, errCannot("a group of mount namespaces: see WatchMounts")
+		}
+		return flags, nil
+	}
+	return 0, errCannot("not a fanotify group")
+}
+
+func groupLines(fd int) []string {
+	text, err := os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(fd))
+	if err != nil {
+		return nil
+	}
+	return strings.Split(string(text), "\n")
+}
+
+// adoptMarks makes sure that events of the marks that an adopted group has can
+// be resolved, as far as this mount namespace shows their file systems.
+func (w *fileWatch) adoptMarks(g *fileGroup) error {
+	if g.via != ViaHandle {
+		return nil
+	}
+	devices, mounts := map[[2]uint32]bool{}, map[uint32]bool{}
+	err := g.file.Control(func(fd int) {
+		for _, line := range groupLines(fd) {
+			for field := range strings.FieldsSeq(line) {
+				var n uint32
+				if _, err := fmt.Sscanf(field, "sdev:%x", &n); err == nil {
+					devices[[2]uint32{n >> 20, n & (1<<20 - 1)}] = true
+				}
+				if _, err := fmt.Sscanf(field, "mnt_id:%x", &n); err == nil {
+					mounts[n] = true
+				}
+			}
+		}
+	})
+	if err != nil || len(devices)+len(mounts) == 0 {
+		return err
+	}
+	var points []string
+	err = eachMount(func(row *procfs.MountInfo) bool {
+		device := [2]uint32{row.Major, row.Minor}
+		if mounts[row.ID] || devices[device] && row.Root == "/" {
+			points = append(points, row.MountPoint)
+			delete(devices, device)
+		}
+		return true
+	})
+	if err != nil {
+		return fileError("adopt", "", err)
+	}
+	for _, point := range points {
+		m := Mark{Type: MarkFilesystem, Path: point}
+		target, err := m.target(w.systems.readlink)
+		if err != nil {
+			continue // its events come without a path
+		}
+		w.systems.enter(target) // for good: these marks are not known one by one
+		target.close()
+	}
+	return nil
+}

@@ -1,0 +1,402 @@
+package kernstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/fanotify"
+	"github.com/kernstream/kernstream/poller"
+)
+
+// A fileGroup is one fanotify group and what is read from it.
+type fileGroup struct {
+	file  *poller.File
+	flags uint // of fanotify_init(2)
+	via   FileVia
+	keep  bool // events keep their descriptors
+	buf   []byte
+}
+
+// What a group reports beside the mask, and needs a handle for.
+const (
+	reportNames = unix.FAN_REPORT_DFID_NAME
+	reportFiles = unix.FAN_REPORT_FID
+)
+
+// batchBytes is how much is read at once: more is no faster.
+const batchBytes = 64 << 10
+
+// newHandleGroup makes the group for events with handles. Without files the
+// events that no directory names (see opSelf) are not reported, and the others
+// are cheaper.
+func newHandleGroup(options *FileOptions, files bool) (*fileGroup, error) {
+	flags := options.initFlags() | reportNames
+	if files {
+		flags |= reportFiles
+	}
+	fd, err := initGroup(flags, unix.O_RDONLY|unix.O_CLOEXEC)
+	if err != nil {
+		return nil, options.explain(err, ViaHandle)
+	}
+	return newFileGroup(fd, flags, options)
+}
+
+// newDescriptorGroup makes the group for events with descriptors. Since Linux
+// 6.13 the kernel says for each event why it has none.
+func newDescriptorGroup(options *FileOptions) (*fileGroup, error) {
+	flags := options.initFlags() | unix.FAN_REPORT_FD_ERROR
+	eventFlags := uint(options.EventFlags | unix.O_CLOEXEC | unix.O_LARGEFILE)
+	fd, err := initGroup(flags, eventFlags)
+	if err == unix.EINVAL {
+		flags &^= unix.FAN_REPORT_FD_ERROR
+		fd, err = initGroup(flags, eventFlags)
+	}
+	if err != nil {
+		return nil, options.explain(err, ViaDescriptor)
+	}
+	return newFileGroup(fd, flags, options)
+}
+
+// newFileGroup takes over the descriptor of a group with flags.
+func newFileGroup(fd int, flags uint, options *FileOptions) (*fileGroup, error) {
+	g := &fileGroup{flags: flags, via: ViaDescriptor, keep: options.Descriptors}
+	if flags&(reportNames|reportFiles) != 0 {
+		g.via = ViaHandle
+	}
+	g.buf = make([]byte, g.batch())
+	file, err := poller.New(fd, "fanotify")
+	if err != nil {
+		return nil, fileError("open", "fanotify", err)
+	}
+	g.file = file
+	return g, nil
+}
+
+// fd returns the number of the group's descriptor.
+func (g *fileGroup) fd() int {
+	number := -1
+	g.file.Control(func(fd int) { number = fd })
+	return number
+}
+
+// queued tells whether there is something to read.
+func (g *fileGroup) queued() bool {
+	n := 0
+	g.file.Control(func(fd int) { n, _ = unix.IoctlGetInt(fd, unix.TIOCINQ) })
+	return n > 0
+}
+
+// batch returns how many bytes to read at once. A read makes a descriptor for
+// each event, so there is a limit to what may be read at once; and where the kernel
+// does not tell of a descriptor that it could not make, it does at least for
+// the first event of a read.
+func (g *fileGroup) batch() int {
+	if g.via == ViaHandle {
+		return batchBytes
+	}
+	const event = 24
+	size := event
+	if g.flags&unix.FAN_REPORT_PIDFD != 0 {
+		size += 8
+	}
+	if g.flags&unix.FAN_REPORT_FD_ERROR == 0 {
+		return size
+	}
+	events := 128
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) == nil {
+		events = int(min(uint64(events), max(limit.Cur/8, 1)))
+	}
+	return events * size
+}
+
+func (o *FileOptions) initFlags() uint {
+	flags := uint(unix.FAN_CLOEXEC | unix.FAN_NONBLOCK | unix.FAN_CLASS_NOTIF)
+	for _, f := range []struct {
+		set  bool
+		flag uint
+	}{
+		{o.ReportTID, unix.FAN_REPORT_TID},
+		{o.ReportPidFD, unix.FAN_REPORT_PIDFD},
+		{o.UnlimitedQueue, unix.FAN_UNLIMITED_QUEUE},
+		{o.UnlimitedMarks, unix.FAN_UNLIMITED_MARKS},
+	} {
+		if f.set {
+			flags |= f.flag
+		}
+	}
+	return flags
+}
+
+// explain adds to an error of fanotify_init(2) what the kernel does not say.
+func (o *FileOptions) explain(err error, via FileVia) error {
+	call := os.NewSyscallError("fanotify_init", err)
+	switch {
+	case err == unix.EPERM:
+		var needs []string
+		for _, need := range []struct {
+			used bool
+			what string
+		}{
+			{via == ViaDescriptor, "events with descriptors"},
+			{o.ReportTID, "ReportTID"},
+			{o.ReportPidFD, "ReportPidFD"},
+			{o.UnlimitedQueue, "UnlimitedQueue"},
+			{o.UnlimitedMarks, "UnlimitedMarks"},
+		} {
+			if need.used {
+				needs = append(needs, need.what)
+			}
+		}
+		if needs == nil {
+			needs = []string{"fanotify before Linux 5.13"}
+		}
+		call = fmt.Errorf("%w: CAP_SYS_ADMIN is missing, for %s", call, strings.Join(needs, ", "))
+	case err == unix.EMFILE:
+		call = fmt.Errorf("%w: descriptors have run out, or all groups of the user are taken (%s)", call, sysctlText("fs/fanotify/max_user_groups"))
+	case err == unix.ENOSYS:
+		call = fmt.Errorf("%w: the kernel was built without fanotify", call)
+	case err == unix.EINVAL && o.ReportTID && o.ReportPidFD:
+		call = fmt.Errorf("%w: this kernel reports either the thread or a pidfd: %w", call, errors.ErrUnsupported)
+	case err == unix.EINVAL && o.ReportPidFD && kernelOlder(5, 15):
+		call = fmt.Errorf("%w: ReportPidFD needs Linux 5.15: %w", call, errors.ErrUnsupported)
+	case err == unix.EINVAL && via == ViaHandle && kernelOlder(5, 9):
+		call = fmt.Errorf("%w: names need Linux 5.9: %w", call, errors.ErrUnsupported)
+	}
+	return fileError("fanotify_init", "", call)
+}
+
+// A fileReader turns what is read from one group into events.
+type fileReader struct {
+	group *fileGroup
+	paths *pathCache
+	send  func(*FileEvent) bool
+	when  time.Time // of the batch
+}
+
+// run reads until ctx is done, or the group cannot be read any more.
+func (r *fileReader) run(ctx context.Context) error {
+	release := r.group.file.CancelOn(ctx)
+	defer release()
+	defer r.paths.close()
+	for {
+		n, err := r.read()
+		r.when = time.Now()
+		switch {
+		case ctx.Err() != nil:
+			r.discard(r.group.buf[:n])
+			err = ctx.Err()
+		case err == nil:
+			err = r.deliver(r.group.buf[:n])
+		default:
+			err = r.lost(err)
+		}
+		if n > 0 {
+			r.paths.systems.delivered()
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// read waits for events and reads them. What is needed for their paths stays
+// until fileSystems.delivered is called, if there are any.
+func (r *fileReader) read() (n int, err error) {
+	err = r.group.file.Wait(func(fd int) (bool, error) {
+		n, err = r.paths.systems.read(fd, r.group.buf)
+		if err == unix.EAGAIN {
+			return false, nil
+		}
+		return true, os.NewSyscallError("read", err)
+	})
+	return n, err
+}
+
+var errStopped = errors.New("the stream is to end")
+
+// deliver sends the events in b.
+func (r *fileReader) deliver(b []byte) error {
+	r.paths.begin()
+	for len(b) > 0 {
+		e, rest, err := fanotify.Next(b)
+		if err != nil {
+			return fileError("read", "fanotify", err)
+		}
+		if !r.send(r.event(e)) {
+			r.discard(rest)
+			return errStopped
+		}
+		b = rest
+	}
+	return nil
+}
+
+// lost reports an event whose descriptor could not be made. The kernel has
+// dropped it.
+func (r *fileReader) lost(err error) error {
+	call, ok := errors.AsType[*os.SyscallError](err)
+	if !ok {
+		return fileError("read", "fanotify", err)
+	}
+	switch call.Err {
+	case unix.EBADF, unix.EFAULT, unix.EINVAL:
+		return fileError("read", "fanotify", call) // nothing will change that
+	}
+	e := &FileEvent{When: r.when, Via: r.group.via, Err: noDescriptor(call.Err)}
+	if !r.send(e) {
+		return errStopped
+	}
+	return nil
+}
+
+// noDescriptor is the error of an event without the descriptor that it should
+// have.
+func noDescriptor(err error) error {
+	return fileError("read", "fanotify", fmt.Errorf("the kernel could not open the file of an event: %w", os.NewSyscallError("open", err)))
+}
+
+// discard closes the descriptors of events that nobody gets.
+func (r *fileReader) discard(b []byte) {
+	for len(b) > 0 {
+		e, rest, err := fanotify.Next(b)
+		if err != nil {
+			return
+		}
+		b = rest
+		var info fanotify.Info
+		e.Decode(&info)
+		if info.PidFD >= 0 {
+			unix.Close(int(info.PidFD))
+		}
+		if e.FD() >= 0 {
+			unix.Close(e.FD())
+		}
+	}
+}
+
+// event makes an event of what the kernel wrote.
+func (r *fileReader) event(raw fanotify.Event) *FileEvent {
+	var info fanotify.Info
+	err := raw.Decode(&info)
+	var e *FileEvent
+	switch {
+	case raw.Overflow():
+		// What is in the cache may be of before a rename that was lost.
+		r.paths.drop()
+		e = &FileEvent{}
+	case r.group.via == ViaDescriptor:
+		e = r.descriptorEvent(raw)
+	default:
+		e = r.handleEvent(&info)
+	}
+	e.When, e.Via, e.Ops = r.when, r.group.via, FileOp(raw.Mask())
+	if e.Ops.Has(OpDeleteSelf) && (e.PathState == PathExact || e.PathState == PathUnknown) {
+		e.PathState = PathDeleted
+	}
+	e.Errno, e.Count = info.Errno, info.ErrorCount
+	if r.group.flags&unix.FAN_REPORT_TID != 0 {
+		e.TID = raw.PID()
+	} else {
+		e.PID = raw.PID()
+	}
+	if r.group.flags&unix.FAN_REPORT_PIDFD != 0 && !raw.Overflow() {
+		e.setPidfd(int(info.PidFD))
+	} else if info.PidFD >= 0 {
+		unix.Close(int(info.PidFD))
+	}
+	if err != nil {
+		e.Err = fileError("read", "fanotify", err)
+	}
+	return e
+}
+
+// handleEvent makes an event of what the records name.
+func (r *fileReader) handleEvent(info *fanotify.Info) *FileEvent {
+	switch {
+	case info.NewDir.Present():
+		e := r.entryEvent(&info.NewDir)
+		e.OldPath = r.oldPath(info)
+		return e
+	case info.OldDir.Present():
+		return &FileEvent{OldPath: r.oldPath(info)}
+	case info.Dir.Present():
+		return r.entryEvent(&info.Dir)
+	case info.Object.Present() && len(info.Object.Handle()) > 0:
+		found := r.paths.file(info.Object.Key)
+		e := &FileEvent{Path: found.path, PathState: found.state}
+		e.setPathErr(found.err)
+		return e
+	}
+	return &FileEvent{} // an error of the file system as a whole
+}
+
+// entryEvent makes an event about an entry of a directory.
+func (r *fileReader) entryEvent(dir *fanotify.FID) *FileEvent {
+	found := r.paths.directory(dir.Key)
+	e := newFileEvent(found.path, dir.Name)
+	e.PathState = found.state
+	e.setPathErr(found.err)
+	return e
+}
+
+func (r *fileReader) oldPath(info *fanotify.Info) string {
+	if !info.OldDir.Present() {
+		return ""
+	}
+	found := r.paths.directory(info.OldDir.Key)
+	if found.path == "" {
+		return string(info.OldDir.Name)
+	}
+	return newFileEvent(found.path, info.OldDir.Name).Path
+}
+
+// descriptorEvent makes an event of a descriptor.
+func (r *fileReader) descriptorEvent(raw fanotify.Event) *FileEvent {
+	if errno := raw.FDError(); errno != 0 {
+		return &FileEvent{Err: noDescriptor(errno)}
+	}
+	fd := raw.FD()
+	if fd < 0 {
+		return &FileEvent{}
+	}
+	found := r.paths.open(fd)
+	e := &FileEvent{Path: found.path, PathState: found.state}
+	e.setPathErr(found.err)
+	if r.group.keep {
+		e.own = &fileDescriptors{fd: fd, pidfd: -1}
+	} else {
+		unix.Close(fd)
+	}
+	return e
+}
+
+func (e *FileEvent) setPathErr(err error) {
+	if err != nil {
+		e.Err = pathError(err)
+	}
+}
+
+// setPidfd takes what the kernel gave as a pidfd.
+func (e *FileEvent) setPidfd(pidfd int) {
+	if e.own == nil {
+		e.own = &fileDescriptors{fd: -1}
+	}
+	e.own.pidfd = max(pidfd, -1)
+	switch pidfd {
+	case unix.FAN_NOPIDFD, -int(unix.ESRCH):
+		e.own.pidfdErr = os.ErrProcessDone
+	case unix.FAN_EPIDFD:
+		e.own.pidfdErr = errors.New("the kernel could not make a pidfd")
+	default:
+		if pidfd < 0 {
+			e.own.pidfdErr = os.NewSyscallError("pidfd_open", unix.Errno(-pidfd))
+		}
+	}
+}
