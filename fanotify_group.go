@@ -382,21 +382,3 @@ func (e *FileEvent) setPathErr(err error) {
 		e.Err = pathError(err)
 	}
 }
-
-// setPidfd takes what the kernel gave as a pidfd.
-func (e *FileEvent) setPidfd(pidfd int) {
-	if e.own == nil {
-		e.own = &fileDescriptors{fd: -1}
-	}
-	e.own.pidfd = max(pidfd, -1)
-	switch pidfd {
-	case unix.FAN_NOPIDFD, -int(unix.ESRCH):
-		e.own.pidfdErr = os.ErrProcessDone
-	case unix.FAN_EPIDFD:
-		e.own.pidfdErr = errors.New("the kernel could not make a pidfd")
-	default:
-		if pidfd < 0 {
-			e.own.pidfdErr = os.NewSyscallError("pidfd_open", unix.Errno(-pidfd))
-		}
-	}
-}
