@@ -150,24 +150,21 @@ func (s *Session) start(ctx context.Context, mount int, mode uint32) error {
 		return nil
 	}
 	return s.prime(ctx, mode, func(name string) (fd int, err error) {
-		const flags = unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NOCTTY
 		switch {
 		case mount >= 0 && name != "":
-			fd, err = unix.Openat(mount, name, flags, 0)
+			return s.probe.open(mount, name)
 		case mount >= 0:
-			fd, err = unix.Open(fmt.Sprintf("/proc/self/fd/%d", mount), flags, 0)
-		default:
-			path := s.config.MountPoint
-			if name != "" {
-				path = strings.TrimSuffix(path, "/") + "/" + name
-			}
-			err := s.place.do(func(int) (err error) {
-				fd, err = unix.Open(path, flags, 0)
-				return os.NewSyscallError("open", err)
-			})
-			return fd, err
+			return s.probe.open(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", mount))
 		}
-		return fd, os.NewSyscallError("open", err)
+		path := s.config.MountPoint
+		if name != "" {
+			path = strings.TrimSuffix(path, "/") + "/" + name
+		}
+		err = s.place.do(func(int) error {
+			fd, err = s.probe.open(unix.AT_FDCWD, path)
+			return err
+		})
+		return fd, err
 	})
 }
 

@@ -107,6 +107,9 @@ func fsconfig(context, command int, name, value string) error {
 		return nil
 	}
 	err = os.NewSyscallError("fsconfig", errno)
+	if value != "" {
+		name += "=" + value
+	}
 	if name != "" {
 		err = fmt.Errorf("option %q: %w", name, err)
 	}

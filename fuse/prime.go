@@ -33,7 +33,7 @@ type probe struct {
 	name   string // in the root directory; "": the root itself, which is a file
 	node   uint64
 	handle uint64 // of the open file
-	tid    uint32 // of the thread that opens it
+	tid    atomic.Uint32 // of the thread that opens it
 
 	polled  bool
 	lookups atomic.Int64 // that the kernel has not forgotten
@@ -51,23 +51,20 @@ func newProbe(mode uint32) (name string, node, handle uint64) {
 	return ".kernstream-" + strconv.FormatUint(rand.Uint64(), 36), probeNode, handle
 }
 
-// prime makes the kernel learn that nobody serves POLL. open opens the file of
-// a name in the root directory, or the root itself if that is "".
+// prime makes the kernel learn that nobody serves POLL. open opens, by
+// probe.open, the file of a name in the root directory, or the root itself if
+// that is "".
 func (s *Session) prime(ctx context.Context, mode uint32, open func(name string) (fd int, err error)) error {
 	p := &s.probe
 	p.name, p.node, p.handle = newProbe(mode)
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	tid, result := make(chan uint32), make(chan error, 1)
+	result := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		tid <- uint32(unix.Gettid())
 		result <- p.poll(open)
 		cancel()
 	}()
-	p.tid = <-tid
 
 	var others []*Request
 	err := s.answerProbe(ctx, &others)
@@ -90,6 +87,15 @@ func (s *Session) prime(ctx context.Context, mode uint32, open func(name string)
 		<-result
 		return err
 	}
+}
+
+// open is openat(2) for the function that prime is given.
+func (p *probe) open(dir int, path string) (int, error) {
+	runtime.LockOSThread() // which is known by its ID
+	defer runtime.UnlockOSThread()
+	p.tid.Store(uint32(unix.Gettid()))
+	fd, err := unix.Openat(dir, path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOCTTY, 0)
+	return fd, os.NewSyscallError("openat", err)
 }
 
 // poll opens the probe and polls it. The file must not come near an epoll
@@ -146,7 +152,7 @@ func (p *probe) answer(r *Request) bool {
 	h := &r.Header
 	// The kernel numbers threads as the process does that mounted. From a
 	// helper in another namespace they all have the number 0.
-	ours := h.PID == p.tid || h.PID == 0
+	ours := h.PID == p.tid.Load() || h.PID == 0
 	switch {
 	case h.Opcode == OpLookup && p.name != "" && bytes.Equal(bytes.TrimRight(r.Body, "\x00"), []byte(p.name)):
 		p.lookups.Add(1)
