@@ -397,6 +397,14 @@ func obey(words []string, held map[string]int) (string, error) {
 		buf := make([]byte, 1<<20)
 		n, err := unix.Pread(held[words[1]], buf, 0)
 		return string(buf[:max(n, 0)]), err
+	case "poll":
+		fds := []unix.PollFd{{Fd: int32(held[words[1]]), Events: unix.POLLIN}}
+		for {
+			n, err := unix.Poll(fds, -1)
+			if err != unix.EINTR {
+				return fmt.Sprint(n), err
+			}
+		}
 	case "write": // how many bytes
 		fd, err := unix.Open(words[1], unix.O_WRONLY, 0)
 		if err != nil {

@@ -147,22 +147,28 @@ func TestParityU2Options(t *testing.T) {
 		without []string
 	}{
 		{
-			fuse.Config{}, "rw,nosuid,nodev,noatime",
+			fuse.Config{},
+			"rw,nosuid,nodev,noatime",
 			[]string{"rw", "user_id=0", "group_id=0", "default_permissions"},
 			[]string{"allow_other"},
 		},
 		{
-			fuse.Config{AllowOther: true, NoDefaultPermissions: true, ReadOnly: true}, "ro,nosuid,nodev,noatime",
+			fuse.Config{AllowOther: true, NoDefaultPermissions: true, ReadOnly: true},
+			"ro,nosuid,nodev,noatime",
 			[]string{"ro", "allow_other"},
 			[]string{"default_permissions"},
 		},
 		{
-			fuse.Config{Options: []string{"suid", "dev", "noexec", "relatime", "max_read=65536", "dirsync"}}, "rw,noexec,relatime",
-			[]string{"rw", "dirsync", "max_read=65536"}, nil,
+			fuse.Config{Options: []string{"suid", "dev", "noexec", "relatime", "max_read=65536", "dirsync"}},
+			"rw,noexec,relatime",
+			[]string{"rw", "dirsync", "max_read=65536"},
+			nil,
 		},
 		{
-			fuse.Config{Options: []string{"strictatime", "nodiratime", "nosymfollow", "sync"}}, "rw,nosuid,nodev,nodiratime,nosymfollow",
-			[]string{"sync"}, nil,
+			fuse.Config{Options: []string{"strictatime", "nodiratime", "nosymfollow", "sync"}},
+			"rw,nosuid,nodev,nodiratime,nosymfollow",
+			[]string{"sync"},
+			nil,
 		},
 		{fuse.Config{Options: []string{"atime", "noexec", "exec"}}, "rw,nosuid,nodev,relatime", nil, nil},
 	} {

@@ -1,6 +1,7 @@
 package fuse
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"strings"
@@ -24,6 +25,9 @@ import (
 
 // notify sends a notification.
 func (s *Session) notify(name string, code int32, parts ...[]byte) error {
+	if s.life.Err() != nil {
+		return fuseError(name, s.object(), context.Cause(s.life))
+	}
 	var header [fusewire.OutHeaderSize]byte
 	length := len(header)
 	for _, p := range parts {

@@ -32,7 +32,7 @@ import (
 type probe struct {
 	name   string // in the root directory; "": the root itself, which is a file
 	node   uint64
-	handle uint64 // of the open file
+	handle uint64        // of the open file
 	tid    atomic.Uint32 // of the thread that opens it
 
 	polled  bool

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -33,9 +34,11 @@ const (
 //
 // If it is in use, the error Is unix.EBUSY, and the session goes on. The same if
 // something else is mounted on top of it: immediately before it unmounts, Unmount
-// looks whether the mount is the session's, by its unique ID from Linux 6.8 on. A
-// mount that somebody makes there between that and umount2(2) would be
-// unmounted instead.
+// looks whether the mount is the session's, by its unique ID from Linux 6.8 on,
+// and by the numbers of mount and device before. A mount that somebody makes
+// there between that and umount2(2) would be unmounted instead; and before
+// Linux 6.8 another FUSE file system may be, which was mounted there when
+// this one had been unmounted.
 //
 // fusermount3 is used when the kernel says EPERM; ctx bounds that. Unmount may
 // be called from a loop over requests.
@@ -60,9 +63,10 @@ func (s *Session) unmount(ctx context.Context, flags UnmountFlags) error {
 			return err
 		}
 		err = s.umount(flags)
-		if isErrno(err, unix.EBUSY) && flags == UnmountForce {
-			// It was busy with the clients that wait for an answer. The abort
-			// has sent them away.
+		for i := 0; i < forcedTries && flags == UnmountForce && isErrno(err, unix.EBUSY); i++ {
+			// The abort has sent away those who were waiting for an answer,
+			// which takes them a moment.
+			time.Sleep(time.Millisecond)
 			err = s.umount(0)
 		}
 		switch {
@@ -80,6 +84,9 @@ func (s *Session) unmount(ctx context.Context, flags UnmountFlags) error {
 		return failed("umount2", s.object(), err)
 	})
 }
+
+// forcedTries is how often a forced unmount is tried again.
+const forcedTries = 20
 
 func (s *Session) umount(flags UnmountFlags) error {
 	call := unix.UMOUNT_NOFOLLOW
@@ -127,8 +134,15 @@ func (s *Session) identityCheck(proc int) (gone bool, err error) {
 }
 
 // inTable returns the mount point that the mount table has for the session's
-// mount, or nothing.
+// mount, or nothing. It is called in the namespace of the mount. Before Linux
+// 6.8 a mount that took the number of both the mount and the connection, once
+// they were gone, is taken for it.
 func (s *Session) inTable(proc int) (point string, err error) {
+	if s.id.unique != 0 {
+		if known, is := statmount(s.id.unique); known && !is {
+			return "", nil
+		}
+	}
 	err = mounts(proc, func(m *procfs.MountInfo) {
 		if m.Major == 0 && m.Minor == s.id.minor && (m.ID == s.id.id || s.id.id == 0) {
 			point = m.MountPoint
@@ -142,11 +156,6 @@ func (s *Session) inTable(proc int) (point string, err error) {
 func (s *Session) mounted() bool {
 	if s.id == (mountID{}) {
 		return false
-	}
-	if s.place.own() && s.id.unique != 0 {
-		if known, is := statmount(s.id.unique); known {
-			return is
-		}
 	}
 	point := ""
 	s.place.do(func(proc int) (err error) {
