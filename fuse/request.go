@@ -77,9 +77,10 @@ func (r *Request) offer(emit func(*Request) bool) (delivered bool) {
 	return true
 }
 
-// take makes the caller the one who answers.
+// take makes the caller the one who answers. The order matters: a request that
+// was delivered goes from offered to open at any moment, and not back.
 func (r *Request) take() bool {
-	return r.state.CompareAndSwap(requestOpen, requestDone) || r.state.CompareAndSwap(requestOffered, requestDone)
+	return r.state.CompareAndSwap(requestOffered, requestDone) || r.state.CompareAndSwap(requestOpen, requestDone)
 }
 
 // Raw returns the whole message, header and Body, as the kernel wrote it. It is
