@@ -129,8 +129,14 @@ type actor struct {
 }
 
 func startActor(ctx context.Context, dir string) (*actor, error) {
+	return startActorAs(ctx, actorVar+"="+dir)
+}
+
+// startActorAs starts this program with a variable more in its environment,
+// which makes it a process that obeys.
+func startActorAs(ctx context.Context, variable string) (*actor, error) {
 	ctx, stop := context.WithCancel(ctx)
-	cmd := command(ctx, actorVar+"="+dir)
+	cmd := command(ctx, variable)
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		stop()

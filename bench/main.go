@@ -28,6 +28,7 @@ import (
 var groups = []group{
 	{"mounts", benchMounts},
 	{"streams", benchStreams},
+	{"fuse", benchFUSE},
 }
 
 // settings are the command line.
@@ -42,6 +43,9 @@ type settings struct {
 func main() {
 	if dir := os.Getenv(actorVar); dir != "" {
 		os.Exit(actorMain(dir))
+	}
+	if words := os.Getenv(fuseVar); words != "" {
+		os.Exit(fuseMain(strings.Split(words, "\n")))
 	}
 	set, err := parseFlags(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {

@@ -151,7 +151,7 @@ func (d *Device) busy() error {
 func (d *Device) next(ctx context.Context) (*Request, error) {
 	if ctx.Err() != nil {
 		if d.connectionGone() {
-			return nil, d.end()
+			return nil, d.end(d.buf)
 		}
 		return nil, context.Cause(ctx)
 	}
@@ -235,7 +235,7 @@ func (d *Device) readOnce(fd int) (done bool, err error) {
 func (d *Device) failed(ctx context.Context, err error) error {
 	switch {
 	case err == os.ErrClosed, d.connectionGone():
-		return d.end()
+		return d.end(d.buf)
 	case errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() != nil:
 		return context.Cause(ctx)
 	}
@@ -259,24 +259,28 @@ func (d *Device) connectionGone() bool {
 }
 
 // end ends the session of a connection that is gone, or a device that is
-// closed, and returns what it ended by.
-func (d *Device) end() error {
+// closed, and returns what it ended by. buf is memory for a message; nil makes
+// some.
+func (d *Device) end(buf []byte) error {
 	s := d.session
 	if cause := context.Cause(s.life); cause != nil {
 		return cause
 	}
-	s.end(d.cause())
+	s.end(d.cause(buf))
 	return context.Cause(s.life)
 }
 
 // cause finds out how a connection ended. Only this read tells for sure: one
 // that was copying a request when the end came fails for that reason.
-func (d *Device) cause() error {
+func (d *Device) cause(buf []byte) error {
 	fd, ok := d.file.Pin()
 	if !ok {
 		return os.ErrClosed
 	}
-	_, err := unix.Read(fd, make([]byte, d.session.bufferSize))
+	if buf == nil {
+		buf = make([]byte, d.session.bufferSize)
+	}
+	_, err := unix.Read(fd, buf)
 	d.file.Unpin()
 	// An abort that was not made through /sys/fs/fuse looks like an unmount
 	// here, but leaves the mount behind.

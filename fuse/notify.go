@@ -36,7 +36,7 @@ func (s *Session) notify(name string, code int32, parts ...[]byte) error {
 	fusewire.PutNotifyHeader(&header, length, code)
 	fd, ok := s.device.file.Pin()
 	if !ok {
-		return fuseError(name, s.object(), s.device.end())
+		return fuseError(name, s.object(), s.device.end(nil))
 	}
 	// Unlike an answer, this may wait.
 	_, err := unix.Writev(fd, append([][]byte{header[:]}, parts...))
@@ -45,7 +45,7 @@ func (s *Session) notify(name string, code int32, parts ...[]byte) error {
 		return nil
 	}
 	if s.device.connectionGone() {
-		return fuseError(name, s.object(), s.device.end())
+		return fuseError(name, s.object(), s.device.end(nil))
 	}
 	return fuseError(name, s.object(), os.NewSyscallError("writev", err))
 }

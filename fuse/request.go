@@ -178,7 +178,7 @@ func (r *Request) replyError(err error) error {
 	}
 	// The kernel does not know the requests of a connection that is gone.
 	if err == os.ErrClosed || errors.Is(err, unix.ENOENT) && r.device.connectionGone() {
-		err = r.device.end()
+		err = r.device.end(nil)
 	}
 	return r.refused("reply", err)
 }

@@ -51,7 +51,7 @@ func (s *Session) Unmount(ctx context.Context, flags UnmountFlags) error {
 	}
 	err := s.unmount(ctx, flags)
 	if s.device.connectionGone() {
-		s.device.end()
+		s.device.end(nil)
 	}
 	return err
 }
@@ -227,7 +227,7 @@ func (s *Session) Abort() error {
 		s.device.file.Close()
 		return nil
 	}
-	s.device.end()
+	s.device.end(nil)
 	return nil
 }
 
