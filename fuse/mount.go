@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream"
 )
 
 // Mount mounts a file system that this process serves, and returns when
@@ -55,15 +57,18 @@ func Mount(ctx context.Context, config *Config) (*Session, error) {
 	return nil, joinFailures(failures)
 }
 
-// joinFailures returns the last error, and with it what made it necessary to
-// come to that.
+// joinFailures returns the last error, and with it the one before, which made
+// it necessary to come to that.
 func joinFailures(failures []error) error {
 	last := failures[len(failures)-1]
 	if len(failures) == 1 {
 		return last
 	}
-	first := failures[len(failures)-2]
-	return fmt.Errorf("%w (because of: %w)", last, first)
+	reason := failures[len(failures)-2]
+	if e, ok := errors.AsType[*kernstream.OpError](last); ok {
+		return fuseError(e.Op, e.Object, fmt.Errorf("%w (because of %w)", e.Err, reason))
+	}
+	return last
 }
 
 // A way is one of the ways to mount.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -16,6 +17,9 @@ import (
 type place struct {
 	name string
 	fd   *poller.Descriptor // a pidfd, which does not keep the namespace alive, or the namespace; nil: the own one
+
+	mu     sync.RWMutex // held for reading while fd is in use
+	closed bool
 }
 
 func newPlace(c *Config) (*place, error) {
@@ -55,15 +59,15 @@ func newPlace(c *Config) (*place, error) {
 func (p *place) own() bool { return p.fd == nil }
 
 // do calls use on a thread in the namespace. proc is a descriptor of that
-// thread's directory in /proc.
+// thread's directory in /proc, or negative for the own namespace.
 func (p *place) do(use func(proc int) error) error {
 	if p.own() {
-		proc, err := unix.Open("/proc/thread-self", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return failed("", "/proc/thread-self", os.NewSyscallError("open", err))
-		}
-		defer unix.Close(proc)
-		return use(proc)
+		return use(-1)
+	}
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	if p.closed {
+		return fuseError("enter", p.name, os.ErrClosed)
 	}
 	entered := false
 	err := mntns.Do(p.fd.FD(), func(proc int) error {
@@ -82,14 +86,21 @@ func (p *place) do(use func(proc int) error) error {
 }
 
 func (p *place) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
 	if p.fd != nil {
 		p.fd.Close()
 	}
 }
 
-// mounts calls use for each mount that the thread of proc sees.
+// mounts calls use for each mount that the thread of proc sees (see place.do).
 func mounts(proc int, use func(m *procfs.MountInfo)) error {
-	fd, err := unix.Openat(proc, "mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	name := "mountinfo"
+	if proc < 0 {
+		name = "/proc/thread-self/mountinfo"
+	}
+	fd, err := unix.Openat(proc, name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return os.NewSyscallError("openat", err)
 	}

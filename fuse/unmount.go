@@ -49,6 +49,9 @@ func (s *Session) Unmount(ctx context.Context, flags UnmountFlags) error {
 	if flags&^(UnmountLazy|UnmountForce) != 0 {
 		return fuseError("unmount", s.object(), fmt.Errorf("flags %#x: %w", int(flags), unix.EINVAL))
 	}
+	if s.closing.Err() != nil {
+		return s.Close()
+	}
 	err := s.unmount(ctx, flags)
 	if s.device.connectionGone() {
 		s.device.end(nil)
