@@ -74,6 +74,8 @@
 //
 // # Slow consumers
 //
+//   - FUSE requests (package fuse): they wait in the kernel, and their clients
+//     with them.
 //   - Mounts: what happens while an event waits to be received is merged into
 //     it. The steps in between are lost, the last state never.
 //   - Processes: nothing is lost. Each watch keeps what is known of its process,

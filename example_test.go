@@ -9,9 +9,11 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/fuse"
 )
 
 // Print each change of the mount table until the program is interrupted.
@@ -32,6 +34,25 @@ func Example() {
 	}
 	if err := w.Err(); ctx.Err() == nil {
 		log.Fatal(err)
+	}
+}
+
+// Print the requests of a FUSE session, and answer that nothing is there.
+func Example_fuse() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	session, err := fuse.Mount(ctx, &fuse.Config{MountPoint: "/mnt"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer session.Close()
+	for r, err := range session.Device().All(ctx) {
+		if err != nil {
+			fmt.Println("ended:", err)
+			return
+		}
+		fmt.Println(r)
+		r.ReplyErrno(syscall.ENOSYS)
 	}
 }
 

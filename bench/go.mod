@@ -5,6 +5,7 @@ go 1.26.0
 replace github.com/kernstream/kernstream => ../
 
 require (
+	github.com/hanwen/go-fuse/v2 v2.12.1
 	github.com/kernstream/kernstream v0.0.0
 	github.com/mdlayher/socket v0.8.0
 	github.com/moby/sys/mountinfo v0.7.3

@@ -30,6 +30,7 @@ var groups = []group{
 	{"files", benchFiles},
 	{"streams", benchStreams},
 	{"pids", benchPids},
+	{"fuse", benchFUSE},
 }
 
 // settings are the command line.
@@ -53,6 +54,9 @@ func main() {
 	}
 	if pid := os.Getenv(clientVar); pid != "" {
 		os.Exit(clientMain(pid))
+	}
+	if words := os.Getenv(fuseVar); words != "" {
+		os.Exit(fuseMain(strings.Split(words, "\n")))
 	}
 	set, err := parseFlags(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {

@@ -57,6 +57,8 @@ type File struct {
 	name   string
 	file   *os.File
 	conn   syscall.RawConn
+	pins   sync.RWMutex // held for reading while the descriptor is pinned
+	fd     int          // for Pin; -1 after Close
 	closed atomic.Bool
 	close  func() error
 }
@@ -88,10 +90,13 @@ func New(fd int, name string) (*File, error) {
 		file.Close()
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	f := &File{name: name, file: file, conn: conn}
+	f := &File{name: name, file: file, conn: conn, fd: fd}
 	f.close = sync.OnceValue(func() error {
 		f.closed.Store(true)
 		descriptors.Remove(f)
+		f.pins.Lock()
+		f.fd = -1
+		f.pins.Unlock()
 		return f.file.Close()
 	})
 	descriptors.Add(f, 1)
@@ -169,27 +174,36 @@ func (f *File) readNow(p []byte, otherwise error) (n int, err error) {
 // Wait returns os.ErrClosed after [File.Close]. When the read deadline has
 // passed it calls check once more, and returns os.ErrDeadlineExceeded if that
 // returns false.
-func (f *File) Wait(check func(fd int) (done bool, err error)) error {
+func (f *File) Wait(check func(fd int) (done bool, err error)) error { return f.Waiter(check)() }
+
+// Waiter returns [File.Wait] of check as a function. It is for waits that come
+// so often that they should not allocate: Wait does at each call, the function
+// that Waiter returns does not.
+func (f *File) Waiter(check func(fd int) (done bool, err error)) func() error {
 	var result error
 	look := func(fd uintptr) bool {
 		var done bool
 		done, result = check(int(fd))
 		return done || result != nil
 	}
-	err := f.conn.Read(look)
-	if err == nil {
-		return result
-	}
-	if timedOut(err) || unpollable(err) {
-		found := false
-		if cerr := f.conn.Control(func(fd uintptr) { found = look(fd) }); cerr != nil {
-			return f.translate("wait", cerr)
-		}
-		if found {
+	found := false
+	lookOnce := func(fd uintptr) { found = look(fd) }
+	return func() error {
+		err := f.conn.Read(look)
+		if err == nil {
 			return result
 		}
+		if timedOut(err) || unpollable(err) {
+			found = false
+			if cerr := f.conn.Control(lookOnce); cerr != nil {
+				return f.translate("wait", cerr)
+			}
+			if found {
+				return result
+			}
+		}
+		return f.translate("wait", err)
 	}
-	return f.translate("wait", err)
 }
 
 // Control calls use with the descriptor, which stays open meanwhile, without
@@ -201,6 +215,23 @@ func (f *File) Control(use func(fd int)) error {
 	}
 	return nil
 }
+
+// Pin returns the descriptor, which stays open until [File.Unpin]. It is
+// [File.Control] for calls that come so often that they should not allocate.
+// Between the two there must be no call of a method of f, and nothing that
+// waits: Close does until then. After Close it returns false, and there is
+// nothing to unpin.
+func (f *File) Pin() (fd int, ok bool) {
+	f.pins.RLock()
+	if f.fd < 0 {
+		f.pins.RUnlock()
+		return -1, false
+	}
+	return f.fd, true
+}
+
+// Unpin ends what [File.Pin] began.
+func (f *File) Unpin() { f.pins.RUnlock() }
 
 // SetReadDeadline sets the time at which [File.Read] and [File.Wait] give up,
 // those that wait already included. The zero time lifts it.

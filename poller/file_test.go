@@ -488,6 +488,77 @@ func TestProfileKnowsOpenDescriptors(t *testing.T) {
 	}
 }
 
+// TestWaiter: a Waiter waits as Wait does, any number of times, and allocates
+// nothing.
+func TestWaiter(t *testing.T) {
+	f, w := pipe(t)
+	got := byte(0)
+	buf := make([]byte, 1)
+	wait := f.Waiter(func(fd int) (bool, error) {
+		n, err := unix.Read(fd, buf)
+		if err == unix.EAGAIN || err == unix.EINTR {
+			return false, nil
+		}
+		got = buf[0]
+		return n == 1, err
+	})
+	for i := range 3 {
+		time.AfterFunc(time.Millisecond, func() { write(t, w, string(rune('a'+i))) })
+		if err := within(t, "Waiter", wait); err != nil || got != byte('a'+i) {
+			t.Fatalf("%q, %v; want %q", got, err, byte('a'+i))
+		}
+	}
+	text := []byte("x")
+	if n := testing.AllocsPerRun(200, func() {
+		unix.Write(w, text)
+		if err := wait(); err != nil {
+			t.Error(err)
+		}
+	}); n > 0 {
+		t.Errorf("%v allocations for each wait", n)
+	}
+	f.SetReadDeadline(past)
+	if err := wait(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("after the deadline: %v", err)
+	}
+	write(t, w, "y")
+	if err := wait(); err != nil || got != 'y' {
+		t.Errorf("after the deadline, with something to read: %q, %v", got, err)
+	}
+	f.Close()
+	if err := wait(); err != os.ErrClosed {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
+// TestPin: a pinned descriptor stays open, and Close waits until it is not
+// pinned any more; after Close there is none.
+func TestPin(t *testing.T) {
+	f, w := pipe(t)
+	fd, ok := f.Pin()
+	if !ok {
+		t.Fatal("not pinned")
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- f.Close() }()
+	select {
+	case <-closed:
+		t.Fatal("Close does not wait")
+	case <-time.After(20 * time.Millisecond):
+	}
+	write(t, w, "a")
+	if n, err := unix.Read(fd, make([]byte, 1)); n != 1 || err != nil {
+		t.Errorf("read of the pinned descriptor: %d, %v", n, err)
+	}
+	f.Unpin()
+	if err := within(t, "Close", func() error { return <-closed }); err != nil {
+		t.Error(err)
+	}
+	if fd, ok := f.Pin(); ok {
+		t.Errorf("pinned %d after Close", fd)
+	}
+}
+
 func mustOpen(t testing.TB, path string) int {
 	t.Helper()
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)

@@ -1,0 +1,329 @@
+package fuse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/internal/fusewire"
+	"github.com/kernstream/kernstream/poller"
+)
+
+// A Device is one open file description of /dev/fuse, through which the requests
+// of a session come. It has one reader at a time: a goroutine in [Device.Next],
+// a loop over [Device.All], or a stream of [Device.Requests]. Another one gets
+// an error that Is unix.EBUSY.
+//
+// Whoever reads may stop at any time, by its context or otherwise, and another
+// go on: no request is lost by that.
+type Device struct {
+	session *Session
+	file    *poller.File
+	reader  sync.Mutex // held by who reads, and guards what follows
+
+	wait     func() error // waits for a message and reads it into buf
+	buf      []byte
+	n        int        // bytes of the message in buf
+	returned []*Request // read, but not handed out
+
+	armed   context.Context // the one that wakes the reader; nil: none
+	release func()          // takes the hold off armed
+}
+
+func newDevice(s *Session, file *poller.File) *Device {
+	d := &Device{session: s, file: file}
+	d.wait = file.Waiter(d.readOnce)
+	d.resize(0)
+	return d
+}
+
+// The room that a message needs, apart from the data of a WRITE, and at least.
+const (
+	messageOverhead = 80 // of a WRITE: header and struct fuse_write_in
+	minBuffer       = 8192
+)
+
+// resize sets the size of a message to what the kernel asks for.
+func (d *Device) resize(maxWrite int) {
+	d.session.bufferSize = max(minBuffer, messageOverhead+maxWrite)
+	d.buf = make([]byte, d.session.bufferSize)
+}
+
+// Next returns the next request, and waits for it. It is the way with the least
+// cost, for loops that must be fast; it allocates the Request only.
+//
+// It returns [ErrUnmounted] or [ErrAborted] at the end of the session,
+// os.ErrClosed after [Session.Close], and the cause of ctx when that is done.
+// With a context that is done already, nothing is read, unless the session has
+// ended. A request that is there when ctx becomes done is returned. Passing
+// the same context again costs less than passing another one each time.
+//
+// A request that the caller does not answer keeps its client waiting; see
+// [Request.Close].
+func (d *Device) Next(ctx context.Context) (*Request, error) {
+	if !d.reader.TryLock() {
+		return nil, d.busy()
+	}
+	r, err := d.next(ctx)
+	d.reader.Unlock()
+	return r, err
+}
+
+// All returns a sequence of requests for a loop, which reads them on the
+// goroutine of the loop, as Next does. At the end of the session, and after
+// [Session.Close], the loop ends; if anything else ends it, that is its last
+// turn, with an error and no request.
+func (d *Device) All(ctx context.Context) iter.Seq2[*Request, error] {
+	return func(yield func(*Request, error) bool) {
+		for {
+			r, err := d.Next(ctx)
+			if err == ErrUnmounted || err == os.ErrClosed {
+				return
+			}
+			if !yield(r, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// Requests returns a stream of the requests, for programs that wait for other
+// things, too. Between two requests, another one is read ahead, so that
+// INTERRUPT reaches the requests being worked on. Its Err is nil after an unmount and after
+// [Session.Close], and Is [ErrAborted] after an abort.
+//
+// When ctx is done, or the stream is closed, before a request that was read could
+// be delivered, the next reader of the device gets it. A stream costs a
+// goroutine, and a change of goroutines for each request, which shows with many
+// small requests (see README).
+func (d *Device) Requests(ctx context.Context) *kernstream.Stream[*Request] {
+	if !d.reader.TryLock() {
+		return kernstream.NewStream(ctx, func(context.Context, func(*Request) bool) error { return d.busy() })
+	}
+	// A closed session does not wait for a consumer that does not receive.
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(d.session.closing, func() { cancel(os.ErrClosed) })
+	return kernstream.NewStream(ctx, func(ctx context.Context, emit func(*Request) bool) error {
+		defer func() {
+			stop()
+			cancel(nil)
+			d.reader.Unlock()
+		}()
+		for {
+			r, err := d.next(ctx)
+			if err == nil && !r.offer(emit) {
+				d.returned = append(d.returned, r)
+				err = context.Cause(ctx)
+			}
+			if err != nil {
+				return d.streamEnd(err)
+			}
+		}
+	})
+}
+
+// streamEnd returns what the producer of a stream returns when it ended by err.
+func (d *Device) streamEnd(err error) error {
+	switch {
+	case d.session.closing.Err() != nil, err == ErrUnmounted, err == os.ErrClosed:
+		return io.EOF
+	case err == ErrAborted:
+		return fuseError("read", d.session.object(), err)
+	}
+	return err
+}
+
+func (d *Device) busy() error {
+	return fuseError("read", d.session.object(), fmt.Errorf("another goroutine reads the device: %w", unix.EBUSY))
+}
+
+// next is Next for who holds d.reader.
+func (d *Device) next(ctx context.Context) (*Request, error) {
+	if ctx.Err() != nil {
+		if d.connectionGone() {
+			return nil, d.end(d.buf)
+		}
+		return nil, context.Cause(ctx)
+	}
+	if n := len(d.returned); n > 0 {
+		r := d.returned[0]
+		d.returned = append(d.returned[:0], d.returned[1:]...)
+		return r, nil
+	}
+	for {
+		if err := d.read(ctx); err != nil {
+			return nil, d.failed(ctx, err)
+		}
+		if r, err := d.accept(); r != nil || err != nil {
+			return r, err
+		}
+	}
+}
+
+// read reads a message into d.buf.
+func (d *Device) read(ctx context.Context) error {
+	if d.armed == nil && ctx.Done() != nil || d.armed != nil && d.armed.Done() != ctx.Done() {
+		// What is there already needs nobody to wake the reader.
+		if done, err := d.readNow(); done || err != nil {
+			return err
+		}
+		d.arm(ctx)
+	}
+	return d.wait()
+}
+
+// arm lets ctx wake the reader, and nothing else.
+func (d *Device) arm(ctx context.Context) {
+	d.disarm()
+	if ctx.Done() != nil {
+		d.armed, d.release = ctx, d.file.CancelOn(ctx)
+	}
+}
+
+// disarm lets nothing wake the reader.
+func (d *Device) disarm() {
+	if d.armed == nil {
+		return
+	}
+	d.release()
+	if d.armed.Err() != nil {
+		d.file.SetReadDeadline(time.Time{})
+	}
+	d.armed, d.release = nil, nil
+}
+
+// readNow reads a message into d.buf if there is one.
+func (d *Device) readNow() (done bool, err error) {
+	fd, ok := d.file.Pin()
+	if !ok {
+		return false, os.ErrClosed
+	}
+	defer d.file.Unpin()
+	return d.readOnce(fd)
+}
+
+// readOnce reads a message into d.buf, without waiting.
+func (d *Device) readOnce(fd int) (done bool, err error) {
+	for {
+		// The descriptor does not block, and one message is copied at most, so
+		// the scheduler need not know. That makes the reader faster by a tenth.
+		n, _, errno := syscall.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(&d.buf[0])), uintptr(len(d.buf)))
+		switch errno {
+		case 0:
+			d.n = int(n)
+			return true, nil
+		case unix.EAGAIN:
+			return false, nil
+		case unix.EINTR, unix.ENOENT: // ENOENT: the request was taken back while it was copied
+		default:
+			return false, os.NewSyscallError("read", errno)
+		}
+	}
+}
+
+// failed returns what Next returns when reading failed with err.
+func (d *Device) failed(ctx context.Context, err error) error {
+	switch {
+	case err == os.ErrClosed, d.connectionGone():
+		return d.end(d.buf)
+	case errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() != nil:
+		return context.Cause(ctx)
+	}
+	return failed("read", d.session.object(), err)
+}
+
+// connectionGone tells whether the connection has ended, without reading.
+func (d *Device) connectionGone() bool {
+	fd, ok := d.file.Pin()
+	if !ok {
+		return true
+	}
+	defer d.file.Unpin()
+	fds := []unix.PollFd{{Fd: int32(fd)}}
+	for {
+		n, err := unix.Poll(fds, 0)
+		if err != unix.EINTR {
+			return n > 0 && fds[0].Revents&unix.POLLERR != 0
+		}
+	}
+}
+
+// end ends the session of a connection that is gone, or a device that is
+// closed, and returns what it ended by. buf is memory for a message; nil makes
+// some.
+func (d *Device) end(buf []byte) error {
+	s := d.session
+	if cause := context.Cause(s.life); cause != nil {
+		return cause
+	}
+	s.end(d.cause(buf))
+	return context.Cause(s.life)
+}
+
+// cause finds out how a connection ended. Only this read tells for sure: one
+// that was copying a request when the end came fails for that reason.
+func (d *Device) cause(buf []byte) error {
+	fd, ok := d.file.Pin()
+	if !ok {
+		return os.ErrClosed
+	}
+	if buf == nil {
+		buf = make([]byte, d.session.bufferSize)
+	}
+	_, err := unix.Read(fd, buf)
+	d.file.Unpin()
+	// An abort that was not made through /sys/fs/fuse looks like an unmount
+	// here, but leaves the mount behind.
+	if err == unix.ECONNABORTED || d.session.mounted() {
+		return ErrAborted
+	}
+	return ErrUnmounted
+}
+
+// accept makes a request of the message in d.buf, or returns nil if it was for
+// the session itself.
+func (d *Device) accept() (*Request, error) {
+	message := d.buf[:d.n]
+	h, err := fusewire.DecodeInHeader(message)
+	if err != nil {
+		return nil, fuseError("read", d.session.object(), err)
+	}
+	switch h.Opcode {
+	case fusewire.Interrupt:
+		unique, err := fusewire.DecodeInterrupt(message[fusewire.InHeaderSize:])
+		if err != nil {
+			return nil, fuseError("read", d.session.object(), err)
+		}
+		d.session.interrupt(unique)
+		return nil, nil
+	case fusewire.Forget, fusewire.BatchForget:
+		if message = d.session.probe.dropForget(message); message == nil {
+			return nil, nil
+		}
+		h.Len = uint32(len(message))
+	}
+	return d.session.newRequest(d, &h, message), nil
+}
+
+// close closes the device, and waits until nobody reads any more.
+func (d *Device) close() error {
+	err := d.file.Close()
+	d.reader.Lock()
+	defer d.reader.Unlock()
+	d.disarm()
+	for _, r := range d.returned {
+		r.Close()
+	}
+	d.returned, d.buf = nil, nil
+	return err
+}

@@ -1,0 +1,55 @@
+// Package fuse mounts FUSE file systems and delivers their requests: the part
+// of a server below what it does with them.
+//
+//	session, err := fuse.Mount(ctx, &fuse.Config{MountPoint: "/mnt"})
+//	if err != nil {
+//		return err
+//	}
+//	defer session.Close()
+//	for r, err := range session.Device().All(ctx) {
+//		if err != nil {
+//			return err
+//		}
+//		switch r.Header.Opcode {
+//		case fuse.OpGetattr:
+//			r.Reply(attributes(r.Header.NodeID))
+//		default:
+//			r.ReplyErrno(syscall.ENOSYS)
+//		}
+//	}
+//
+// A [Session] is a mount and its connection to the kernel. Its [Device] has the
+// requests: by [Device.Next] for a loop that must be fast, by [Device.All] for
+// the same as a range loop, and by [Device.Requests] as a stream for select and
+// [kernstream.Merge]. A [Request] has its header decoded and its body as the
+// kernel wrote it, and is answered with bytes. The layouts of both are in
+// include/uapi/linux/fuse.h; examples/memfs is a file system that knows them.
+//
+// # What a session does itself
+//
+// It answers INIT (see [Config] and [State]), and turns INTERRUPT into the end
+// of [Request.Context]. Right after the mount it lets the kernel poll a file of
+// its own making, so that a process may use the files that it serves itself (see
+// [Config.ServePoll]). Everything else is for the server.
+//
+// # What a session promises
+//
+//  1. Each request is delivered once, and answered once: a second answer, or one
+//     that cannot be, is refused here. No request is lost when a reader stops;
+//     the next one goes on with it.
+//  2. Ends have names: [ErrUnmounted], [ErrAborted], os.ErrClosed after
+//     [Session.Close], and the cause of a context. What happens first stays.
+//  3. Nothing is unmounted but the session's own mount, as far as the kernel
+//     lets one know ([Session.Unmount]).
+//  4. After Close nothing is left: no mount, descriptor, goroutine or process.
+//  5. Waiting costs no thread. A request costs one small allocation; buffers
+//     are used again.
+//
+// A slow server loses nothing: requests wait in the kernel, with the clients that
+// sent them.
+//
+// # Kernels and privileges
+//
+// Written for Linux 5.10 and later. Users who may not mount need fusermount3 (of
+// the package fuse3), or a user namespace. What needs a newer kernel says so.
+package fuse

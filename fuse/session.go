@@ -1,0 +1,241 @@
+package fuse
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/fusewire"
+	"github.com/kernstream/kernstream/poller"
+)
+
+// A Session is a FUSE file system that this process mounted and serves. Its
+// methods may be called from several goroutines.
+//
+// It ends when the file system is unmounted, by whomever, when the connection is
+// aborted, or by [Session.Close], which must be called in any case. Until then
+// it lives, even if the program forgets it.
+type Session struct {
+	config      Config // as it was mounted
+	place       *place
+	id          mountID // of the mount
+	device      *Device
+	helper      *helper // which unmounts when this process dies; may be nil
+	initRequest []byte
+	state       State
+	bufferSize  int
+	probe       probe
+
+	life    context.Context // done when the session has ended
+	end     context.CancelCauseFunc
+	closing context.Context // done when Close was called
+	close   context.CancelFunc
+	closed  func() error
+
+	mu          sync.Mutex
+	outstanding map[uint64]*Request // to be answered, by Header.Unique
+	small       [][]byte            // free buffers of smallBuffer bytes
+	large       [][]byte            // free buffers of bufferSize bytes
+}
+
+// Requests up to the size of a smallBuffer, which are nearly all but WRITE, are
+// copied out of the buffer that they were read into. So a thousand requests
+// that wait do not hold a thousand buffers of MaxWrite.
+const smallBuffer = 4096
+
+// How many free buffers are kept.
+const (
+	maxFreeSmall = 64
+	maxFreeLarge = 4
+)
+
+func newSession(config Config, place *place) *Session {
+	s := &Session{config: config, place: place, outstanding: map[uint64]*Request{}}
+	s.config.Options = slices.Clone(config.Options)
+	s.life, s.end = context.WithCancelCause(context.Background())
+	s.closing, s.close = context.WithCancel(context.Background())
+	s.closed = sync.OnceValue(s.release)
+	return s
+}
+
+// serve starts a device on fd, which it owns, and whose connection must be
+// there already: one that is in the poller before that is never woken.
+func (s *Session) serve(fd int) error {
+	file, err := poller.New(fd, "/dev/fuse")
+	if err != nil {
+		return failed("open", "/dev/fuse", err)
+	}
+	s.device = newDevice(s, file)
+	return nil
+}
+
+// object names the session in errors.
+func (s *Session) object() string { return s.config.MountPoint }
+
+// Device returns the device through which the requests come.
+func (s *Session) Device() *Device { return s.device }
+
+// Config returns what was mounted: MountPoint is without symbolic links, and
+// Via is the way that was taken.
+func (s *Session) Config() Config {
+	c := s.config
+	c.Options = slices.Clone(c.Options)
+	return c
+}
+
+// State returns what kernel and server agreed on.
+func (s *Session) State() State { return s.state }
+
+// InitRequest returns the kernel's INIT, header and body, for servers that want
+// to know what the kernel offered. It was answered by Mount.
+func (s *Session) InitRequest() []byte { return bytes.Clone(s.initRequest) }
+
+// ConnectionID returns the number by which the connection is known in
+// /sys/fs/fuse/connections. It is the minor number of the device of the files
+// (st_dev in stat(2)), whose major number is 0.
+func (s *Session) ConnectionID() uint32 { return s.id.minor }
+
+// Outstanding returns how many requests were read and not answered.
+func (s *Session) Outstanding() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.outstanding)
+}
+
+// Done returns a channel that is closed when the session has ended. Who reads
+// the [Device] notices the end; while nobody does, only what the Session itself
+// did counts.
+func (s *Session) Done() <-chan struct{} { return s.life.Done() }
+
+// Err returns why the session ended: nil while it runs, after an unmount and
+// after Close; otherwise an error that Is [ErrAborted].
+func (s *Session) Err() error {
+	switch cause := context.Cause(s.life); cause {
+	case nil, ErrUnmounted, os.ErrClosed:
+		return nil
+	default:
+		return fuseError("read", s.object(), cause)
+	}
+}
+
+// Close ends the session, and returns when nothing of it is left: it unmounts
+// the file system, closes the device, and takes the helper back. Clients that
+// wait for an answer get ECONNABORTED. If the file system is in use, it is
+// detached, and what the users still do with it fails with ENOTCONN.
+//
+// It returns an error if the file system could not be unmounted; it stays in
+// the mount table then, without a server. Close may be called again, and then
+// returns the same. It may be called from a loop over requests.
+func (s *Session) Close() error { return s.closed() }
+
+// release is what the first Close does.
+func (s *Session) release() error {
+	s.end(os.ErrClosed)
+	s.close()
+	var err error
+	if s.id != (mountID{}) {
+		err = s.unmountForGood()
+	}
+	if s.device != nil {
+		s.device.close()
+	}
+	if s.helper != nil {
+		s.helper.leave()
+	}
+	s.place.close()
+	return err
+}
+
+// newRequest makes a request of message, which is in d.buf.
+func (s *Session) newRequest(d *Device, h *fusewire.InHeader, message []byte) *Request {
+	r := &Request{
+		When: time.Now(),
+		Header: Header{
+			Len: h.Len, Opcode: Opcode(h.Opcode), Unique: h.Unique, NodeID: h.NodeID,
+			UID: h.UID, GID: h.GID, PID: h.PID, ExtLen: h.ExtLen,
+		},
+		device: d,
+	}
+	s.mu.Lock()
+	if len(message) <= smallBuffer {
+		r.message = append(takeBuffer(&s.small, smallBuffer)[:0], message...)
+	} else {
+		r.message = message
+		d.buf = takeBuffer(&s.large, s.bufferSize)
+	}
+	if r.Header.Opcode.answered() {
+		s.outstanding[h.Unique] = r
+	}
+	s.mu.Unlock()
+	r.Body = r.message[fusewire.InHeaderSize:]
+	return r
+}
+
+func takeBuffer(free *[][]byte, size int) []byte {
+	if n := len(*free); n > 0 {
+		b := (*free)[n-1]
+		*free = (*free)[:n-1]
+		return b[:size]
+	}
+	return make([]byte, size)
+}
+
+// forget takes a request that is finished out of the books. It returns what
+// ends its context, if it has one.
+func (s *Session) forget(r *Request) context.CancelCauseFunc {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.outstanding[r.Header.Unique] == r {
+		delete(s.outstanding, r.Header.Unique)
+	}
+	switch c := cap(r.message); {
+	case c == smallBuffer && len(s.small) < maxFreeSmall:
+		s.small = append(s.small, r.message)
+	case c == s.bufferSize && len(s.large) < maxFreeLarge:
+		s.large = append(s.large, r.message)
+	}
+	r.message, r.Body = nil, nil
+	return r.cancel
+}
+
+// interrupt tells a request that its client does not want to wait any more. One
+// that is not known was answered meanwhile.
+func (s *Session) interrupt(unique uint64) {
+	s.mu.Lock()
+	r := s.outstanding[unique]
+	var cancel context.CancelCauseFunc
+	if r != nil {
+		r.interrupted, cancel = true, r.cancel
+	}
+	s.mu.Unlock()
+	if cancel != nil {
+		cancel(unix.EINTR)
+	}
+}
+
+// contextOf is Request.Context.
+func (s *Session) contextOf(r *Request) context.Context {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if r.ctx == nil {
+		r.ctx, r.cancel = context.WithCancelCause(s.life)
+		switch {
+		case r.state.Load() == requestDone:
+			r.cancel(context.Canceled)
+		case r.interrupted:
+			r.cancel(unix.EINTR)
+		}
+	}
+	return r.ctx
+}
+
+// isErrno tells whether err stands for one of errnos.
+func isErrno(err error, errnos ...unix.Errno) bool {
+	return slices.ContainsFunc(errnos, func(e unix.Errno) bool { return errors.Is(err, e) })
+}

@@ -1,0 +1,99 @@
+package fuse_test
+
+import (
+	"bytes"
+	"errors"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/fuse"
+	"github.com/kernstream/kernstream/internal/fusewire"
+)
+
+// What was agreed on holds: a WRITE is as large as was asked for, and no larger,
+// and the buffer is large enough for it.
+func TestMaxWrite(t *testing.T) {
+	for _, size := range []uint32{4096, 64 << 10, 128 << 10, 1 << 20} {
+		l := newLab(t, &fuse.Config{MaxWrite: size})
+		state := l.s.State()
+		if state.Major != 7 || state.MaxWrite != size || !state.Flags.Has(fuse.InitBigWrites|fuse.InitAbortError) {
+			t.Errorf("%+v", state)
+		}
+		largest := make(chan int, 1000)
+		l.serve(func(r *fuse.Request) {
+			switch r.Header.Opcode {
+			case fuse.OpWrite:
+				largest <- len(r.Body) - 40
+			case fuse.OpOpen:
+				const directIO = 1
+				r.Reply(fusewire.AppendOpen(nil, 1, directIO))
+				return
+			}
+			basic(r)
+		})
+		c := newClient(t)
+		if text, err := c.ask("write", l.path(fileName), "2097152"); text != "2097152" || err != nil {
+			t.Errorf("%s, %v", text, err)
+		}
+		close(largest)
+		most := 0
+		for n := range largest {
+			most = max(most, n)
+		}
+		if most != int(size) {
+			t.Errorf("the largest WRITE has %d bytes; want %d", most, size)
+		}
+		l.s.Close()
+	}
+}
+
+// A request that does not fit is refused by the kernel, and the next one comes.
+func TestRequestLargerThanTheBuffer(t *testing.T) {
+	l := newLab(t, &fuse.Config{MaxWrite: 4096})
+	l.serve(func(r *fuse.Request) {
+		if r.Header.Opcode == fuse.OpSetxattr {
+			r.Reply()
+			return
+		}
+		basic(r)
+	})
+	c := newClient(t)
+	if err := c.do("setxattr", l.path(fileName), "60000"); err != unix.E2BIG {
+		t.Errorf("setxattr of 60,000 bytes: %v; want E2BIG", err)
+	}
+	if err := c.do("setxattr", l.path(fileName), "100"); err != nil {
+		t.Errorf("setxattr of 100 bytes: %v", err)
+	}
+}
+
+// The kernel's INIT is there for who wants to know what it offered.
+func TestInitRequest(t *testing.T) {
+	l := newLab(t, nil)
+	message := l.s.InitRequest()
+	h, err := fusewire.DecodeInHeader(message)
+	if err != nil || h.Opcode != uint32(fuse.OpInit) {
+		t.Fatalf("%+v, %v", h, err)
+	}
+	in, err := fusewire.DecodeInit(message[fusewire.InHeaderSize:])
+	if err != nil || in.Major != 7 || !fuse.InitFlags(in.Flags).Has(l.s.State().Flags) {
+		t.Errorf("%+v, %v", in, err)
+	}
+	clear(message)
+	if bytes.Equal(message, l.s.InitRequest()) {
+		t.Error("the same memory each time")
+	}
+}
+
+// What a session was is known after its end.
+func TestStateAfterClose(t *testing.T) {
+	l := newLab(t, &fuse.Config{FSName: "x"})
+	before := l.s.State()
+	l.s.Close()
+	if l.s.State() != before || l.s.Config().FSName != "x" || len(l.s.InitRequest()) == 0 {
+		t.Error("State, Config or InitRequest are gone after Close")
+	}
+	if err := l.s.NotifyResend(); err == nil || errors.Is(err, unix.EBADF) {
+		t.Errorf("a notification after Close: %v", err)
+	}
+}

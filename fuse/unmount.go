@@ -1,0 +1,256 @@
+package fuse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/procfs"
+)
+
+// UnmountFlags say how to unmount.
+type UnmountFlags int
+
+const (
+	// UnmountLazy takes the file system out of the mount table at once, even if
+	// it is in use. The session goes on until its last user has left.
+	UnmountLazy UnmountFlags = 1 << iota
+
+	// UnmountForce aborts the connection: what clients wait for fails. The
+	// file system is unmounted if nobody has a file open there, and otherwise
+	// stays, dead. fusermount3 cannot do that.
+	UnmountForce
+)
+
+// Unmount unmounts the file system; the session ends when its last user has
+// left, which is at once without UnmountLazy. If the file system is not mounted
+// any more, that is no error.
+//
+// If it is in use, the error Is unix.EBUSY, and the session goes on. The same if
+// something else is mounted on top of it: immediately before it unmounts, Unmount
+// looks whether the mount is the session's, by its unique ID from Linux 6.8 on,
+// and by the numbers of mount and device before. A mount that somebody makes
+// there between that and umount2(2) would be unmounted instead; and before
+// Linux 6.8 another FUSE file system may be, which was mounted there when
+// this one had been unmounted.
+//
+// fusermount3 is used when the kernel says EPERM; ctx bounds that. Unmount may
+// be called from a loop over requests.
+func (s *Session) Unmount(ctx context.Context, flags UnmountFlags) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if flags&^(UnmountLazy|UnmountForce) != 0 {
+		return fuseError("unmount", s.object(), fmt.Errorf("flags %#x: %w", int(flags), unix.EINVAL))
+	}
+	if s.closing.Err() != nil {
+		return s.Close()
+	}
+	err := s.unmount(ctx, flags)
+	if s.device.connectionGone() {
+		s.device.end(nil)
+	}
+	return err
+}
+
+func (s *Session) unmount(ctx context.Context, flags UnmountFlags) error {
+	return s.place.do(func(proc int) error {
+		gone, err := s.identityCheck(proc)
+		if gone || err != nil {
+			return err
+		}
+		err = s.umount(flags)
+		for i := 0; i < forcedTries && flags == UnmountForce && isErrno(err, unix.EBUSY); i++ {
+			// The abort has sent away those who were waiting for an answer,
+			// which takes them a moment.
+			time.Sleep(time.Millisecond)
+			err = s.umount(0)
+		}
+		switch {
+		case isErrno(err, unix.EPERM) && flags&UnmountForce == 0:
+			if helperErr := s.unmountByHelper(ctx, flags&UnmountLazy != 0); helperErr != nil {
+				return helperErr
+			}
+			return nil
+		case isErrno(err, unix.EINVAL):
+			// Somebody else was faster.
+			if gone, _ := s.identityCheck(proc); gone {
+				return nil
+			}
+		}
+		return failed("umount2", s.object(), err)
+	})
+}
+
+// forcedTries is how often a forced unmount is tried again.
+const forcedTries = 20
+
+func (s *Session) umount(flags UnmountFlags) error {
+	call := unix.UMOUNT_NOFOLLOW
+	if flags&UnmountLazy != 0 {
+		call |= unix.MNT_DETACH
+	}
+	if flags&UnmountForce != 0 {
+		call |= unix.MNT_FORCE
+	}
+	return os.NewSyscallError("umount2", unix.Unmount(s.config.MountPoint, call))
+}
+
+// unmountForGood unmounts, whoever uses the file system.
+func (s *Session) unmountForGood() error {
+	err := s.unmount(context.Background(), 0)
+	if isErrno(err, unix.EBUSY) {
+		// The abort frees those who wait for an answer, a notification too.
+		s.unmount(context.Background(), UnmountForce)
+		err = s.unmount(context.Background(), UnmountLazy)
+	}
+	if errors.Is(err, os.ErrProcessDone) && s.device != nil && s.device.connectionGone() {
+		return nil // the namespace went with its last process
+	}
+	return err
+}
+
+// identityCheck looks whether the topmost mount of the mount point is the
+// session's. gone says that this is nowhere in the namespace.
+func (s *Session) identityCheck(proc int) (gone bool, err error) {
+	if top, err := mountAt(s.config.MountPoint); err == nil && top == s.id {
+		return false, nil
+	}
+	found, err := s.inTable(proc)
+	switch {
+	case err != nil:
+		return false, failed("unmount", s.object(), err)
+	case found == "":
+		return true, nil
+	case found != s.config.MountPoint:
+		err = fmt.Errorf("it was moved to %s: %w", found, unix.EBUSY)
+	default:
+		err = fmt.Errorf("something else is mounted on top of it: %w", unix.EBUSY)
+	}
+	return false, fuseError("unmount", s.object(), err)
+}
+
+// inTable returns the mount point that the mount table has for the session's
+// mount, or nothing. It is called in the namespace of the mount. Before Linux
+// 6.8 a mount that took the number of both the mount and the connection, once
+// they were gone, is taken for it.
+func (s *Session) inTable(proc int) (point string, err error) {
+	if s.id.unique != 0 {
+		if known, is := statmount(s.id.unique); known && !is {
+			return "", nil
+		}
+	}
+	err = mounts(proc, func(m *procfs.MountInfo) {
+		if m.Major == 0 && m.Minor == s.id.minor && (m.ID == s.id.id || s.id.id == 0) {
+			point = m.MountPoint
+		}
+	})
+	return point, err
+}
+
+// mounted tells whether the session's mount still is in the mount table, as far
+// as that can be known.
+func (s *Session) mounted() bool {
+	if s.id == (mountID{}) {
+		return false
+	}
+	point := ""
+	s.place.do(func(proc int) (err error) {
+		point, err = s.inTable(proc)
+		return err
+	})
+	return point != ""
+}
+
+// A mountID names a mount.
+type mountID struct {
+	unique uint64 // never used again; 0 before Linux 6.8
+	id     uint32 // as in /proc/PID/mountinfo
+	minor  uint32 // of the device of its files, which is that of the connection
+}
+
+// mountAt returns the topmost mount at path, without asking the server.
+func mountAt(path string) (mountID, error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return mountID{}, os.NewSyscallError("open", err)
+	}
+	defer unix.Close(fd)
+	return identify(fd)
+}
+
+// identify returns the mount of a descriptor, without asking the server.
+func identify(fd int) (id mountID, err error) {
+	const flags = unix.AT_EMPTY_PATH | unix.AT_STATX_DONT_SYNC | unix.AT_NO_AUTOMOUNT
+	var st unix.Statx_t
+	if err := unix.Statx(fd, "", flags, unix.STATX_MNT_ID, &st); err != nil {
+		return id, os.NewSyscallError("statx", err)
+	}
+	id.minor = st.Dev_minor
+	if st.Mask&unix.STATX_MNT_ID != 0 {
+		id.id = uint32(st.Mnt_id)
+	}
+	if err := unix.Statx(fd, "", flags, unix.STATX_MNT_ID_UNIQUE, &st); err == nil && st.Mask&unix.STATX_MNT_ID_UNIQUE != 0 {
+		id.unique = st.Mnt_id
+	}
+	return id, nil
+}
+
+// statmount tells whether the mount with a unique ID is in the namespace of the
+// caller. known is false if the kernel does not tell.
+func statmount(unique uint64) (known, is bool) {
+	const superBlockBasic = 1
+	request := struct {
+		size, reserved uint32
+		id, mask       uint64
+	}{24, 0, unique, superBlockBasic}
+	var answer [512]byte
+	_, _, errno := unix.Syscall6(unix.SYS_STATMOUNT, uintptr(unsafe.Pointer(&request)),
+		uintptr(unsafe.Pointer(&answer[0])), uintptr(len(answer)), 0, 0, 0)
+	return errno == 0 || errno == unix.ENOENT, errno == 0
+}
+
+// Abort aborts the connection: every client that waits for an answer gets
+// ECONNABORTED, every later one ENOTCONN, and the session ends by [ErrAborted].
+// The file system stays mounted, dead, until it is unmounted.
+func (s *Session) Abort() error {
+	if s.life.Err() != nil {
+		return nil
+	}
+	if err := s.abortByControl(); err != nil {
+		// It takes root, or a mounted fusectl. The kernel aborts, too, when
+		// nobody has the device open any more.
+		s.end(ErrAborted)
+		s.device.file.Close()
+		return nil
+	}
+	s.device.end(nil)
+	return nil
+}
+
+// abortByControl aborts through the control file system of FUSE: the one that
+// is mounted, or one that is nowhere.
+func (s *Session) abortByControl() error {
+	name := strconv.FormatUint(uint64(s.id.minor), 10) + "/abort"
+	fd, err := unix.Open("/sys/fs/fuse/connections/"+name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		var control int
+		if control, err = newControl(); err != nil {
+			return err
+		}
+		fd, err = unix.Openat(control, name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+		unix.Close(control)
+	}
+	if err != nil {
+		return os.NewSyscallError("open", err)
+	}
+	defer unix.Close(fd)
+	_, err = unix.Write(fd, []byte("1"))
+	return os.NewSyscallError("write", err)
+}
