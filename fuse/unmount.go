@@ -7,11 +7,11 @@ import (
 	"os"
 	"strconv"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream/internal/procfs"
+	"github.com/kernstream/kernstream/internal/statmount"
 )
 
 // UnmountFlags say how to unmount.
@@ -142,7 +142,9 @@ func (s *Session) identityCheck(proc int) (gone bool, err error) {
 // they were gone, is taken for it.
 func (s *Session) inTable(proc int) (point string, err error) {
 	if s.id.unique != 0 {
-		if known, is := statmount(s.id.unique); known && !is {
+		var reader statmount.Reader
+		var m statmount.Mount
+		if errors.Is(reader.Stat(s.id.unique, statmount.MountBasic, &m), unix.ENOENT) {
 			return "", nil
 		}
 	}
@@ -200,20 +202,6 @@ func identify(fd int) (id mountID, err error) {
 		id.unique = st.Mnt_id
 	}
 	return id, nil
-}
-
-// statmount tells whether the mount with a unique ID is in the namespace of the
-// caller. known is false if the kernel does not tell.
-func statmount(unique uint64) (known, is bool) {
-	const superBlockBasic = 1
-	request := struct {
-		size, reserved uint32
-		id, mask       uint64
-	}{24, 0, unique, superBlockBasic}
-	var answer [512]byte
-	_, _, errno := unix.Syscall6(unix.SYS_STATMOUNT, uintptr(unsafe.Pointer(&request)),
-		uintptr(unsafe.Pointer(&answer[0])), uintptr(len(answer)), 0, 0, 0)
-	return errno == 0 || errno == unix.ENOENT, errno == 0
 }
 
 // Abort aborts the connection: every client that waits for an answer gets
