@@ -82,7 +82,8 @@ type MountEvent struct {
 	Changed   []MountChange
 }
 
-// A MountVia is a way to follow a mount table. Both tell the same story.
+// A MountVia is a way to follow a mount table. Both tell the same story; how soon
+// is said where they are.
 type MountVia int
 
 const (
@@ -102,13 +103,13 @@ const (
 	// root directory is that of its namespace, or the caller's.
 	//
 	// Changes of options and propagation are not told that way. In the caller's
-	// namespace one that comes alone is found at once, after 1 ms and what a
-	// rescan takes; one that comes within a second of a mount, unmount or move
-	// may be found up to a second later, or 30 times what a rescan takes if
-	// that is more, and has Resync. In another namespace all are found that
-	// way. For that, all mounts are looked at after such a time: where
-	// something is mounted all the time, and in other namespaces always, this
-	// takes up to a thirtieth of a processor.
+	// namespace one that comes alone is found as soon as all mounts were looked
+	// at, some 2 µs for each, and one that comes within a second of a mount,
+	// unmount or move may be found a second later, and has Resync. In another
+	// namespace all are found that way, except of propagate_from, which the
+	// kernel does not tell there. Such looks are at least 30 times as far apart
+	// as the last one took, so where there is always something to look for, and in
+	// other namespaces, they take up to a thirtieth of a processor.
 	ViaFanotify
 )
 
@@ -255,18 +256,19 @@ type MountWatcher struct {
 // mounts events are read every 5 ms. By mountinfo it is what reading the table
 // costs (see [Mounts]); under changes without pause the watcher reads half of
 // the time, and an event comes later by as long as a read takes. While nothing
-// changes, it costs two goroutines (three with a PID) and, in the caller's
-// namespace, no time.
+// changes, it costs two or three goroutines, one more with a PID, and in the
+// caller's namespace no time.
 //
 // The stream ends with a nil Err when the process of [MountOptions.PID] ends,
-// and by fanotify when the namespace does, after the last mounts were reported
-// as unmounted. By mountinfo it keeps the namespace alive until it is closed or
-// the process ends. While it runs, it holds open files in /proc, which is busy
-// therefore, and which refer to the root directory: the old root of a
-// pivot_root(2) is busy until the watcher has seen that.
+// and of a namespace file by fanotify when the namespace does, or has no root
+// any more, after the last mounts were reported as unmounted. By mountinfo it
+// keeps the namespace alive until it is closed or the process ends. While it
+// runs, it holds open files in /proc, which is busy therefore, and which refer
+// to the root directory: the old root of a pivot_root(2) is busy until the
+// watcher has seen that.
 //
 // Options may be nil. Errors are those of [Mounts], and EMFILE or ENFILE when
-// descriptors have run out; it takes three, four with a PID. If the way that
+// descriptors have run out; it takes up to four. If the way that
 // [MountOptions.Via] asks for is not there, the error says what is missing.
 // The error of a stream is one of the system calls that it needs, and
 // Is errors.ErrUnsupported if this process changes its root directory while it
