@@ -339,8 +339,11 @@ func TestStreamCloseOfRequests(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-			if n := l.s.Outstanding(); n != 0 {
-				t.Errorf("%d requests are not answered", n)
+			// The client wakes up a moment before the answer is noted.
+			for deadline := time.Now().Add(patience); l.s.Outstanding() != 0; time.Sleep(time.Millisecond) {
+				if time.Now().After(deadline) {
+					t.Fatalf("%d requests are not answered", l.s.Outstanding())
+				}
 			}
 			return
 		}
