@@ -1,7 +1,6 @@
 package kernstream
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,7 +31,8 @@ type fanotifySource struct {
 	target *mountTarget
 	filter func(*Mount) bool
 
-	group       *poller.File
+	group       *poller.Descriptor
+	waker       *mountWaker
 	buf         []byte           // for events
 	reader      statmount.Reader // of the namespace
 	propagation statmount.Reader // for dominating
@@ -49,7 +49,7 @@ type fanotifySource struct {
 	// waiting wakes for changes of the own namespace that fanotify does not
 	// tell. Of another one, a mountinfo file is not kept open: it would keep the
 	// namespace alive.
-	waiting *poller.File
+	waiting *poller.Descriptor
 	reopen  bool      // it is of an old root directory
 	events  uint64    // how many were read
 	heard   time.Time // when the last ones were
@@ -64,11 +64,8 @@ type fanotifySource struct {
 	end    chan struct{}
 	finish func() // closes end
 
-	closing chan struct{}
-
-	waiters     sync.WaitGroup
-	groupWaiter sync.WaitGroup
-	failure     atomic.Pointer[error] // of a waiter
+	waiters sync.WaitGroup
+	failure atomic.Pointer[error] // of a waiter
 }
 
 // A mountTouch is what events said of a mount, a set.
@@ -98,7 +95,6 @@ func newFanotifySource(ctx context.Context, target *mountTarget, filter func(*Mo
 		masters: make(map[uint64]uint64),
 		tokens:  make(chan struct{}, 1),
 		end:     make(chan struct{}),
-		closing: make(chan struct{}),
 	}
 	s.verify = time.AfterFunc(time.Hour, func() { s.token(wokenVerify) })
 	s.verify.Stop()
@@ -119,12 +115,12 @@ func newFanotifySource(ctx context.Context, target *mountTarget, filter func(*Mo
 		if err != nil {
 			return nil, err
 		}
-		if s.waiting, err = poller.New(fd, target.name); err != nil {
+		s.waiting = poller.Own(fd)
+		if err := s.waker.add(fd, unix.EPOLLPRI); err != nil {
 			return nil, target.failed(err)
 		}
-		s.arm(&s.waiters, s.waiting, wokenTable)
 	}
-	s.arm(&s.groupWaiter, s.group, 0)
+	s.waker.start(func() { s.token(wokenTable) }, s.fail)
 	if err := s.readTable(ctx); err != nil {
 		return nil, err
 	}
@@ -155,14 +151,16 @@ func (s *fanotifySource) mark() error {
 	if err != nil {
 		return s.unsupported("fanotify_init", err)
 	}
-	if s.group, err = poller.New(group, s.target.name); err != nil {
-		return s.target.failed(err)
-	}
-	cerr := s.group.Control(func(group int) {
-		err = unix.FanotifyMark(group, unix.FAN_MARK_ADD|unix.FAN_MARK_MNTNS, unix.FAN_MNT_ATTACH|unix.FAN_MNT_DETACH, namespace, "")
-	})
-	if err = cmp.Or(cerr, err); err != nil {
+	s.group = poller.Own(group)
+	err = unix.FanotifyMark(group, unix.FAN_MARK_ADD|unix.FAN_MARK_MNTNS, unix.FAN_MNT_ATTACH|unix.FAN_MNT_DETACH, namespace, "")
+	if err != nil {
 		return s.unsupported("fanotify_mark", err)
+	}
+	if s.waker, err = newMountWaker(); err == nil {
+		err = s.waker.add(group, unix.EPOLLIN)
+	}
+	if err != nil {
+		return s.target.failed(err)
 	}
 	return nil
 }
@@ -236,13 +234,10 @@ func (s *fanotifySource) probe() error {
 }
 
 // pending tells whether there are events.
-func (s *fanotifySource) pending() (pending bool) {
-	s.group.Control(func(fd int) {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, _ := unix.Poll(fds, 0)
-		pending = n > 0
-	})
-	return pending
+func (s *fanotifySource) pending() bool {
+	fds := []unix.PollFd{{Fd: int32(s.group.FD()), Events: unix.POLLIN}}
+	n, _ := unix.Poll(fds, 0)
+	return n > 0
 }
 
 // checkRoot tells whether the paths of the tree are those that mountinfo would
@@ -328,39 +323,6 @@ func (s *fanotifySource) dissolved() bool {
 	return s.reader.Namespace != 0 && errors.Is(s.reader.Any(), unix.ENOENT)
 }
 
-// arm lets what wakes the file be followed by a token with that reason.
-func (s *fanotifySource) arm(waiters *sync.WaitGroup, file *poller.File, reason uint32) {
-	pace := s.pacer()
-	arm(waiters, file, func() {
-		s.token(reason)
-		pace()
-	}, s.fail)
-}
-
-// pacer returns a function that returns at once, unless it was called shortly
-// before: then it takes its time, but not beyond the end of the source. Who
-// calls it for each wake leaves the wakes of a storm to be seen together, which
-// costs less than each by itself, and slows those less who mount.
-func (s *fanotifySource) pacer() func() {
-	var last time.Time
-	return func() {
-		if now := time.Now(); now.Sub(last) < stormGap {
-			rest := time.NewTimer(stormRest)
-			defer rest.Stop()
-			select {
-			case <-rest.C:
-			case <-s.closing:
-			}
-		}
-		last = time.Now()
-	}
-}
-
-const (
-	stormGap  = 500 * time.Microsecond // between wakes, at most: it is a storm
-	stormRest = 5 * time.Millisecond
-)
-
 func (s *fanotifySource) token(reason uint32) {
 	s.woken.Or(reason)
 	select {
@@ -386,16 +348,13 @@ func (s *fanotifySource) close() {
 
 // release lets go of everything but the target, and who waits for that.
 func (s *fanotifySource) release() {
-	close(s.closing)
 	s.verify.Stop()
 	s.rescan.stop()
+	if s.waker != nil {
+		s.waker.close()
+	}
 	if s.group != nil {
-		fd := -1
-		s.group.Control(func(group int) { fd = group })
-		closeGroups([]int{fd}, func() {
-			s.group.Close()
-			s.groupWaiter.Wait()
-		})
+		closeGroups([]int{s.group.FD()}, func() { s.group.Close() })
 	}
 	if s.waiting != nil {
 		s.waiting.Close()
@@ -498,17 +457,16 @@ func (s *fanotifySource) drain() error {
 
 // readEvents reads events into s.buf. n is 0 when there are none.
 func (s *fanotifySource) readEvents() (n int, err error) {
-	cerr := s.group.Control(func(fd int) {
-		for {
-			if n, err = unix.Read(fd, s.buf); err != unix.EINTR {
-				return
-			}
+	for {
+		n, err = unix.Read(s.group.FD(), s.buf)
+		switch err {
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return 0, nil
+		default:
+			return max(n, 0), err
 		}
-	})
-	if err == unix.EAGAIN {
-		return 0, nil
 	}
-	return max(n, 0), cmp.Or(cerr, err)
 }
 
 func (s *fanotifySource) note(e fanotify.Event) error {
@@ -735,13 +693,13 @@ func (s *fanotifySource) waitAnew() error {
 	if err != nil {
 		return nil // later
 	}
-	waiting, err := poller.New(fd, s.target.name)
-	if err != nil {
+	if s.waker.add(fd, unix.EPOLLPRI) != nil {
+		unix.Close(fd)
 		return nil
 	}
-	s.arm(&s.waiters, waiting, wokenTable)
+	s.waker.remove(s.waiting.FD())
 	s.waiting.Close()
-	s.waiting, s.reopen = waiting, false
+	s.waiting, s.reopen = poller.Own(fd), false
 	s.token(wokenTable) // there may have been a wake that it missed
 	return nil
 }

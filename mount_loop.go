@@ -255,15 +255,15 @@ func (l *mountLoop) makeEvent() {
 	l.event.Via = l.source.via()
 }
 
-// arm starts a goroutine that calls woken each time file wakes, until file is
-// closed, and then failed with the error of that. What happens after arm has
-// returned is not missed.
+// arm starts a goroutine that calls woken each time file wakes, until that
+// fails or file is closed, and then failed with the error. What happens after arm
+// has returned is not missed.
 //
 // The goroutine stays inside one Wait for the life of the file: each entry
 // would erase a change that came before it. Whether there is one cannot be
 // asked of a mountinfo file, for asking would acknowledge it, so each call of
 // check counts as one. The first does not: it says that the waiting has begun.
-func arm(waiters *sync.WaitGroup, file *poller.File, woken func(), failed func(error)) {
+func arm(waiters *sync.WaitGroup, file *poller.File, woken func() error, failed func(error)) {
 	armed := make(chan struct{})
 	begun := sync.OnceFunc(func() { close(armed) })
 	waiters.Go(func() {
@@ -273,10 +273,9 @@ func arm(waiters *sync.WaitGroup, file *poller.File, woken func(), failed func(e
 			if first {
 				first = false
 				begun()
-			} else {
-				woken()
+				return false, nil
 			}
-			return false, nil
+			return false, woken()
 		}))
 	})
 	<-armed

@@ -115,7 +115,12 @@ func (s *mountinfoSource) rest(began time.Time) time.Duration {
 }
 
 // arm lets what wakes the file be followed by a token.
-func (s *mountinfoSource) arm(file *poller.File) { arm(&s.waiters, file, s.token, s.fail) }
+func (s *mountinfoSource) arm(file *poller.File) {
+	arm(&s.waiters, file, func() error {
+		s.token()
+		return nil
+	}, s.fail)
+}
 
 func (s *mountinfoSource) token() {
 	select {
