@@ -10,8 +10,9 @@
 package pidfd
 
 import (
+	"fmt"
 	"os"
-	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -48,15 +49,47 @@ func Poll(fd int) (State, error) {
 
 // HasID tells whether this kernel has pidfs: then [ID] names processes, and
 // [Poll] sees that one was reaped.
-var HasID = sync.OnceValue(func() bool {
+func HasID() bool {
+	switch hasID.Load() {
+	case yes:
+		return true
+	case no:
+		return false
+	}
 	fd, err := unix.PidfdOpen(unix.Getpid(), 0)
 	if err != nil {
-		return false
+		// For want of a descriptor, or in a sandbox, nothing can be seen. That
+		// may be otherwise the next time.
+		return pidfsRelease()
 	}
 	defer unix.Close(fd)
 	var fs unix.Statfs_t
-	return unix.Fstatfs(fd, &fs) == nil && int64(fs.Type) == unix.PID_FS_MAGIC
-})
+	if unix.Fstatfs(fd, &fs) == nil && int64(fs.Type) == unix.PID_FS_MAGIC {
+		hasID.Store(yes)
+		return true
+	}
+	hasID.Store(no)
+	return false
+}
+
+// hasID is what HasID has seen.
+var hasID atomic.Int32
+
+const (
+	yes = 1 + iota
+	no
+)
+
+// pidfsRelease tells whether the kernel is one that has pidfs, by its number.
+func pidfsRelease() bool {
+	var u unix.Utsname
+	var major, minor int
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	return n == 2 && (major > 6 || major == 6 && minor >= 9)
+}
 
 // ID returns the inode number of the pidfd, which no other process has had or
 // will have since the boot. It means that only if [HasID].

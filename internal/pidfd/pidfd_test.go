@@ -204,3 +204,23 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+// TestHasIDWithoutDescriptors: that there is no descriptor to look with says
+// nothing about the kernel, at the moment or later.
+func TestHasIDWithoutDescriptors(t *testing.T) {
+	hasID.Store(0)
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	without := HasID()
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if want := testenv.KernelAtLeast(6, 9); without != want || HasID() != want {
+		t.Errorf("HasID is %v without descriptors and %v with; want %v", without, HasID(), want)
+	}
+}
