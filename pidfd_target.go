@@ -8,7 +8,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -321,10 +321,20 @@ func processIdentity(fd, pid int) uint64 {
 }
 
 // bootID returns what tells this boot of the machine from others.
-var bootID = sync.OnceValues(func() (string, error) {
+func bootID() (string, error) {
+	if id := knownBootID.Load(); id != nil {
+		return *id, nil
+	}
 	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return string(bytes.TrimSpace(text)), err
-})
+	if err != nil {
+		return "", err // it may be otherwise the next time
+	}
+	id := string(bytes.TrimSpace(text))
+	knownBootID.Store(&id)
+	return id, nil
+}
+
+var knownBootID atomic.Pointer[string]
 
 // withLimit adds to an error that descriptors have run out how many there may
 // be.
