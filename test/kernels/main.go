@@ -73,7 +73,7 @@ func parseFlags(name string, args []string) (*options, error) {
 	f.BoolVar(&o.shell, "shell", false, "start a shell on the one kernel that -kernel names, in place of the tests")
 	f.BoolVar(&o.ignoreVersions, "ignore-versions", false, "run the tests that state a newer kernel, too, and list those that pass")
 	f.StringVar(&o.soak, "soak", "0.2", "length of long tests, KERNSTREAM_SOAK, as a `factor`")
-	f.DurationVar(&o.timeout, "timeout", 5*time.Minute, "limit for each kernel")
+	f.DurationVar(&o.timeout, "timeout", 15*time.Minute, "limit for each kernel")
 	f.IntVar(&o.memory, "memory", 1536, "memory of each virtual machine in `MiB`")
 	f.IntVar(&o.jobs, "jobs", 0, "virtual machines at a time (default by processors and free memory)")
 	f.StringVar(&o.report, "report", "", "write the report to this `file`")
