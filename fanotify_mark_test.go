@@ -376,7 +376,10 @@ func TestFileMarkConcurrently(t *testing.T) {
 			})
 		}
 		for range 20 {
-			if e := receiveFile(t, w); e.PathState != kernstream.PathExact {
+			// With all marks of a file system, what its paths are found by may
+			// go while an event of the last one is on its way.
+			e := receiveFile(t, w)
+			if e.PathState != kernstream.PathExact && e.PathState != kernstream.PathUnknown || len(filepath.Base(e.Path)) != 1 {
 				t.Errorf("event %v", e)
 			}
 		}
