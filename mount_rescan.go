@@ -26,7 +26,6 @@ type rescanPlan struct {
 	asked   bool      // somebody asked for it
 	running bool
 	resync  bool // what the running one finds is a resync
-	begun   time.Time
 	ended   time.Time     // the last one
 	cost    time.Duration // of the last one
 }
@@ -71,7 +70,7 @@ func (p *rescanPlan) begin(now time.Time) bool {
 	if p.running || p.due.IsZero() || now.Before(p.due) {
 		return false
 	}
-	p.running, p.begun = true, now
+	p.running = true
 	p.resync = !p.alone
 	p.due, p.asked = time.Time{}, false
 	return true

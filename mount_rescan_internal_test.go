@@ -31,8 +31,8 @@ func (p *planTest) begins(resync bool) {
 	if p.resync != resync {
 		p.Errorf("resync is %t", p.resync)
 	}
-	if !p.running || !p.begun.Equal(p.now) {
-		p.Errorf("running is %t, since %v", p.running, p.begun)
+	if !p.running {
+		p.Error("it does not run")
 	}
 }
 
