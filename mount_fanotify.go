@@ -79,7 +79,7 @@ const (
 
 // What a token is for.
 const (
-	wokenTable  = 1 << iota // the mountinfo file is ready
+	wokenTable  = 1 << iota // the waker woke: events, the mountinfo file or both are ready
 	wokenVerify             // the time to verify that is over
 )
 
@@ -566,6 +566,11 @@ func (s *fanotifySource) lookAt(id uint64, d *mountDelta) error {
 		return nil
 	case n == nil && how&touchMoved != 0:
 		s.arrived(id)
+	}
+	if gone := s.tree.short[m.MountInfoID]; gone != nil && gone != n {
+		// The short ID was given away, so that mount is gone. The event that says
+		// so is on its way, or this one was found ahead of its own.
+		s.forget(gone, d)
 	}
 	old := shownNode(n)
 	moved := n != nil && (how&touchMoved != 0 || n.mount.MountPoint != m.MountPoint)
