@@ -59,8 +59,7 @@ type FileEvent struct {
 type PathState uint8
 
 const (
-	// PathUnknown: there is no path, or just the name of the entry. It may be
-	// so for an event whose file system has no mark any more.
+	// PathUnknown: there is no path, or just the name of the entry.
 	PathUnknown PathState = iota
 	// PathExact: it was the path at some instant between the event and its
 	// delivery.

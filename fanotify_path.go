@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -34,9 +35,10 @@ type fileSystems struct {
 
 	mu      sync.Mutex
 	byID    map[fsID]*fileSystem
-	changes uint64      // grows when what was resolved may be wrong
-	quiet   *quietGroup // nil: not needed yet, or not to be had
-	noQuiet bool        // it cannot be had
+	left    map[fsID]*fileSystem // let go of, but not forgotten
+	changes uint64               // grows when what was resolved may be wrong
+	quiet   *quietGroup          // nil: not needed yet, or not to be had
+	noQuiet bool                 // it cannot be had
 
 	// A file system without marks is let go of when its last event was
 	// delivered: nobody has one in hand, and the queue is empty.
@@ -47,6 +49,8 @@ type fileSystems struct {
 // A fileSystem is one of them.
 type fileSystem struct {
 	roots  []*fileRoot       // where handles can be opened, the marked mounts first
+	closed []*fileRoot       // the roots of one that was let go of
+	since  time.Time         // it was let go of
 	told   bool              // the quiet group tells of its directories' renames
 	tried  map[uint64]bool   // mounts that were opened for that, whatever came of it: opening makes events
 	known  map[string]string // the paths of what is marked, by key
@@ -79,7 +83,7 @@ func newFileSystems() (*fileSystems, error) {
 	if err != nil {
 		return nil, fileError("open", "/proc/self/fd", os.NewSyscallError("open", err))
 	}
-	return &fileSystems{links: poller.Own(fd), byID: map[fsID]*fileSystem{}}, nil
+	return &fileSystems{links: poller.Own(fd), byID: map[fsID]*fileSystem{}, left: map[fsID]*fileSystem{}}, nil
 }
 
 // close lets go of everything but the quiet group, which it returns.
@@ -301,7 +305,7 @@ func (c *pathCache) look(key []byte) *foundPath {
 	s := c.systems
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	system := s.byID[fsID(key[:len(fsID{})])]
+	system := s.system(fsID(key[:len(fsID{})]))
 	if known := c.found[string(key)]; known != nil && known.state == PathExact && system != nil && system.leads(known.path, key) {
 		known.batch = c.batch
 		return known
@@ -322,7 +326,7 @@ func (c *pathCache) file(key []byte) foundPath {
 	s := c.systems
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	system := s.byID[fsID(key[:len(fsID{})])]
+	system := s.system(fsID(key[:len(fsID{})]))
 	found := s.find(system, key, 0)
 	if found.path == "" && system != nil {
 		found.path = system.known[string(key)] // of old
@@ -408,6 +412,9 @@ func (s *fileSystems) enter(target *markTarget) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	system := s.byID[target.fsid]
+	if system == nil {
+		system = s.resume(target.fsid)
+	}
 	if system == nil {
 		system = &fileSystem{tried: map[uint64]bool{}, known: map[string]string{}}
 		s.byID[target.fsid] = system
@@ -562,10 +569,77 @@ func (s *fileSystems) release() {
 		if s.reading > 0 || s.queued != nil && s.queued() {
 			return
 		}
-		system.closeRoots()
-		delete(s.byID, id)
-		s.changes++
+		s.leave(id, system)
 	}
+}
+
+// leave lets go of a file system without marks. A system call that was inside
+// the kernel when the last mark went may put its event into the queue even now,
+// so that what it takes to find a path again is kept for a while.
+func (s *fileSystems) leave(id fsID, system *fileSystem) {
+	now := time.Now()
+	for id, system := range s.left {
+		if now.Sub(system.since) > leftFor {
+			delete(s.left, id)
+		}
+	}
+	system.since = now
+	system.closed = system.roots
+	system.closeRoots()
+	system.told = false
+	clear(system.tried)
+	delete(s.byID, id)
+	s.left[id] = system
+	s.changes++
+}
+
+// leftFor is longer than any system call is on its way to the queue.
+const leftFor = time.Minute
+
+// system returns the file system with an ID, or nil. One that was let go of is
+// taken up again; who has an event in hand lets go of it by delivered.
+func (s *fileSystems) system(id fsID) *fileSystem {
+	if system := s.byID[id]; system != nil {
+		return system
+	}
+	system := s.resume(id)
+	if system == nil {
+		return nil
+	}
+	for _, root := range system.closed {
+		if root.reopen(id) {
+			root.foreign = !ourMount(root.file.FD(), root.mountID, root.path)
+			system.roots = append(system.roots, root)
+			system.tried[root.mountID] = true
+		}
+	}
+	return system
+}
+
+// resume returns a file system that was let go of, without roots, or nil.
+func (s *fileSystems) resume(id fsID) *fileSystem {
+	system := s.left[id]
+	if system != nil {
+		delete(s.left, id)
+		s.byID[id] = system
+	}
+	return system
+}
+
+// reopen opens a root again where it was, if it is still there.
+func (r *fileRoot) reopen(id fsID) bool {
+	fd, err := unix.Open(r.path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	var st unix.Statx_t
+	var statfs unix.Statfs_t
+	if statx(fd, &st) != nil || st.Mnt_id != r.mountID || unix.Fstatfs(fd, &statfs) != nil || newFSID(statfs.Fsid.Val) != id {
+		unix.Close(fd)
+		return false
+	}
+	r.file = poller.Own(fd)
+	return true
 }
 
 // A quietGroup tells when the path of a directory may have changed, and wakes

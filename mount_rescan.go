@@ -25,7 +25,7 @@ type rescanPlan struct {
 	alone   bool      // the next one is for a change that came alone
 	asked   bool      // somebody asked for it
 	running bool
-	resync  bool // what the running one finds is a resync
+	resync  bool          // what the running one finds is a resync
 	ended   time.Time     // the last one
 	cost    time.Duration // of the last one
 }
