@@ -2,14 +2,11 @@ package procfs_test
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -18,53 +15,6 @@ import (
 	"github.com/kernstream/kernstream/internal/procfs"
 	"github.com/kernstream/kernstream/internal/testenv"
 )
-
-// mountDir returns a new directory on which a tmpfs is mounted. Whatever is
-// mounted below it goes with it when the test ends.
-func mountDir(tb testing.TB) string {
-	tb.Helper()
-	testenv.NeedMounts(tb)
-	dir := tb.TempDir()
-	mount(tb, "tmpfs", dir, "tmpfs", 0, "mode=755")
-	tb.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			tb.Error(err)
-		}
-	})
-	return dir
-}
-
-func mount(tb testing.TB, source, target, fsType string, flags uintptr, data string) {
-	tb.Helper()
-	if err := unix.Mount(source, target, fsType, flags, data); err != nil {
-		tb.Fatalf("mount %q on %q, type %q: %v", source, target, fsType, err)
-	}
-}
-
-func unmount(tb testing.TB, target string) {
-	tb.Helper()
-	if err := unix.Unmount(target, 0); err != nil {
-		tb.Fatalf("unmount %q: %v", target, err)
-	}
-}
-
-func mkdir(tb testing.TB, elem ...string) string {
-	tb.Helper()
-	dir := filepath.Join(elem...)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		tb.Fatal(err)
-	}
-	return dir
-}
-
-func touch(tb testing.TB, elem ...string) string {
-	tb.Helper()
-	name := filepath.Join(elem...)
-	if err := os.WriteFile(name, nil, 0o644); err != nil {
-		tb.Fatal(err)
-	}
-	return name
-}
 
 // openMountinfo returns a descriptor of the process's mountinfo.
 func openMountinfo(tb testing.TB) int {
@@ -160,23 +110,16 @@ func checkFields(tb testing.TB, got, want procfs.MountInfo) {
 	}
 }
 
-// oddNames are names that a parser may trip over.
-var oddNames = []string{
-	"with space", " leading and trailing ", "with\ttab", "with\nline feed", "\n", `with\backslash`, `literal\040`, `\`, `\\134`, "with#hash",
-	"-", "- x", "a - b - c", "cr\r", "vt\v", "ff\f", "nul-like\\000", "del\x7f", "esc\x1b[0m", "nbsp\u00a0", "nel\u0085", "em\u2003space", "line\u2028",
-	"high\xff\xfe", "cut\xc3", "overlong\xc0\x80", "comma,", "equals=", `quote"'`, "colon:", "//deleted", strings.Repeat("n", 255),
-}
-
 // TestLiveMountPoints: the mount point of a tmpfs with an odd name is that
 // name.
 func TestLiveMountPoints(t *testing.T) {
-	dir := mountDir(t)
-	for _, name := range oddNames {
-		point := mkdir(t, dir, name)
-		mount(t, "source", point, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "")
+	dir := testenv.MountDir(t)
+	for _, name := range testenv.OddNames {
+		point := testenv.Mkdir(t, dir, name)
+		testenv.Mount(t, "source", point, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "")
 	}
 	table := readTable(t, openMountinfo(t))
-	for _, name := range oddNames {
+	for _, name := range testenv.OddNames {
 		point := filepath.Join(dir, name)
 		check(t, only(t, table, point), procfs.MountInfo{Root: "/", MountPoint: point, Options: "rw,nosuid,nodev,relatime", FSType: "tmpfs", Source: "source", SuperOptions: "rw"})
 	}
@@ -184,10 +127,10 @@ func TestLiveMountPoints(t *testing.T) {
 
 // TestLiveSources: the source of a tmpfs is what it was mounted with.
 func TestLiveSources(t *testing.T) {
-	dir := mountDir(t)
-	sources := append([]string{"", "none", "tmpfs", strings.Repeat("long ", 800)}, oddNames...)
+	dir := testenv.MountDir(t)
+	sources := append([]string{"", "none", "tmpfs", strings.Repeat("long ", 800)}, testenv.OddNames...)
 	for i, source := range sources {
-		mount(t, source, mkdir(t, dir, fmt.Sprint(i)), "tmpfs", unix.MS_RDONLY, "")
+		testenv.Mount(t, source, testenv.Mkdir(t, dir, fmt.Sprint(i)), "tmpfs", unix.MS_RDONLY, "")
 	}
 	table := readTable(t, openMountinfo(t))
 	for i, source := range sources {
@@ -199,24 +142,24 @@ func TestLiveSources(t *testing.T) {
 // TestLiveRoots: the root of a bind mount is the directory or file that was
 // mounted, also after it was removed, and its options are its own.
 func TestLiveRoots(t *testing.T) {
-	dir := mountDir(t)
+	dir := testenv.MountDir(t)
 	device := mountedOn(t, dir)
-	for i, name := range oddNames {
-		from, on := mkdir(t, dir, "from", name), mkdir(t, dir, "on", fmt.Sprint(i))
-		mount(t, from, on, "", unix.MS_BIND, "")
-		mount(t, "", on, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOEXEC|unix.MS_NOATIME, "")
+	for i, name := range testenv.OddNames {
+		from, on := testenv.Mkdir(t, dir, "from", name), testenv.Mkdir(t, dir, "on", fmt.Sprint(i))
+		testenv.Mount(t, from, on, "", unix.MS_BIND, "")
+		testenv.Mount(t, "", on, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOEXEC|unix.MS_NOATIME, "")
 	}
-	file, onFile := touch(t, dir, "a file"), touch(t, dir, "another file")
-	mount(t, file, onFile, "", unix.MS_BIND, "")
-	gone, onGone := mkdir(t, dir, "gone"), mkdir(t, dir, "on gone")
-	mount(t, gone, onGone, "", unix.MS_BIND, "")
+	file, onFile := testenv.Touch(t, dir, "a file"), testenv.Touch(t, dir, "another file")
+	testenv.Mount(t, file, onFile, "", unix.MS_BIND, "")
+	gone, onGone := testenv.Mkdir(t, dir, "gone"), testenv.Mkdir(t, dir, "on gone")
+	testenv.Mount(t, gone, onGone, "", unix.MS_BIND, "")
 	if err := os.Remove(gone); err != nil {
 		t.Fatal(err)
 	}
 
 	table := readTable(t, openMountinfo(t))
 	want := procfs.MountInfo{FSType: "tmpfs", Source: "tmpfs", SuperOptions: "rw"}
-	for i, name := range oddNames {
+	for i, name := range testenv.OddNames {
 		want.Root, want.Options = filepath.Join("/from", name), "ro,noexec,noatime"
 		check(t, only(t, table, filepath.Join(dir, "on", fmt.Sprint(i))), want)
 	}
@@ -232,15 +175,15 @@ func TestLiveRoots(t *testing.T) {
 
 // TestLiveNamespace: the root of a mounted namespace is its name and number.
 func TestLiveNamespace(t *testing.T) {
-	dir := mountDir(t)
+	dir := testenv.MountDir(t)
 	for _, kind := range []string{"net", "uts", "user"} {
 		link := "/proc/self/ns/" + kind
 		name, err := os.Readlink(link)
 		if err != nil {
 			t.Fatal(err)
 		}
-		point := touch(t, dir, kind)
-		mount(t, link, point, "", unix.MS_BIND, "")
+		point := testenv.Touch(t, dir, kind)
+		testenv.Mount(t, link, point, "", unix.MS_BIND, "")
 		check(t, mountedOn(t, point), procfs.MountInfo{Root: name, FSType: "nsfs", Source: "nsfs", SuperOptions: "rw"})
 	}
 }
@@ -248,37 +191,9 @@ func TestLiveNamespace(t *testing.T) {
 // TestLiveOverlay: a row as long as an overlay of hundreds of layers makes it
 // comes whole, and so do the rows around it.
 func TestLiveOverlay(t *testing.T) {
-	dir := mountDir(t)
-	const maxString = 240 // of fsconfig(2), with some room
-	// The most that the kernel stacks; through mount(2), what fits in a page.
-	n := 500
-	appending := testenv.KernelAtLeast(6, 8) // lowerdir+
-	if !appending {
-		n = (os.Getpagesize() - len("lowerdir=") - 1) / (len(dir) + len("/000:"))
-	}
-	var dirs []string
-	for i := range n {
-		name := fmt.Sprintf("%03d", i)
-		if appending {
-			name += ", "
-			name += strings.Repeat("x", max(0, maxString-len(dir)-len("/")-len(name)))
-		}
-		dirs = append(dirs, mkdir(t, dir, name))
-	}
-	point := mkdir(t, dir, "overlay")
-	if appending {
-		fsmount(t, "overlay", "many layers", unix.AT_FDCWD, point, func(fd int) error {
-			for _, dir := range dirs {
-				if err := unix.FsconfigSetString(fd, "lowerdir+", dir); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-	} else {
-		mount(t, "many layers", point, "overlay", 0, "lowerdir="+strings.Join(dirs, ":"))
-	}
-	mount(t, "after", mkdir(t, dir, "after"), "tmpfs", 0, "")
+	dir := testenv.MountDir(t)
+	layers, point := testenv.MountLayers(t, dir), dir+"/overlay"
+	testenv.Mount(t, "after", testenv.Mkdir(t, dir, "after"), "tmpfs", 0, "")
 
 	table := readTable(t, openMountinfo(t))
 	got := only(t, table, point)
@@ -293,88 +208,27 @@ func TestLiveOverlay(t *testing.T) {
 			shown = strings.Split(procfs.Unescape(dirs), ":")
 		}
 	}
-	if !reflect.DeepEqual(shown, dirs) {
-		t.Errorf("%d layers in %d bytes of options, want %d: %.500q", len(shown), len(got.SuperOptions), len(dirs), got.SuperOptions)
+	if !reflect.DeepEqual(shown, layers) {
+		t.Errorf("%d layers in %d bytes of options, want %d: %.500q", len(shown), len(got.SuperOptions), len(layers), got.SuperOptions)
 	}
-	if appending && len(got.SuperOptions) < 100_000 {
+	if testenv.KernelAtLeast(6, 8) && len(got.SuperOptions) < 100_000 {
 		t.Errorf("%d bytes of options, which is not the long row this is about", len(got.SuperOptions))
-	}
-}
-
-// fsmount mounts a file system that configure has described on name in dir.
-func fsmount(tb testing.TB, fsType, source string, dir int, name string, configure func(fd int) error) {
-	tb.Helper()
-	config, err := unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		tb.Fatalf("fsopen %s: %v", fsType, err)
-	}
-	defer unix.Close(config)
-	if err := unix.FsconfigSetString(config, "source", source); err != nil {
-		tb.Fatalf("fsconfig source: %v", err)
-	}
-	if err := configure(config); err != nil {
-		tb.Fatalf("fsconfig %s: %v", fsType, err)
-	}
-	if err := unix.FsconfigCreate(config); err != nil {
-		tb.Fatalf("fsconfig create %s: %v", fsType, err)
-	}
-	mnt, err := unix.Fsmount(config, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		tb.Fatalf("fsmount %s: %v", fsType, err)
-	}
-	defer unix.Close(mnt)
-	if err := unix.MoveMount(mnt, "", dir, name, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		tb.Fatalf("move_mount %s: %v", fsType, err)
 	}
 }
 
 // TestLiveDeepMountPoint: a mount point may be deeper than a path that the
 // kernel would take.
 func TestLiveDeepMountPoint(t *testing.T) {
-	dir := mountDir(t)
-	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { unix.Close(fd) }()
-	const name = "a directory's name of 32 letters"
-	point := dir
-	for len(point) < 8_000 {
-		if err := unix.Mkdirat(fd, name, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		next, err := unix.Openat(fd, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		unix.Close(fd)
-		fd, point = next, point+"/"+name
-	}
-	if err := unix.Mkdirat(fd, "end", 0o755); err != nil {
-		t.Fatal(err)
-	}
-	fsmount(t, "tmpfs", "deep", fd, "end", func(int) error { return nil })
-	check(t, mountedOn(t, point+"/end"), procfs.MountInfo{Root: "/", Options: "rw,relatime", FSType: "tmpfs", Source: "deep", SuperOptions: "rw"})
+	point := testenv.MountDeep(t, testenv.MountDir(t), "deep", 8_000)
+	check(t, mountedOn(t, point), procfs.MountInfo{Root: "/", Options: "rw,relatime", FSType: "tmpfs", Source: "deep", SuperOptions: "rw"})
 }
 
 // TestLivePropagation: the optional fields of shared, slave, slave and shared,
 // and unbindable mounts are the ones of the manual page.
 func TestLivePropagation(t *testing.T) {
-	dir := mountDir(t)
+	dir := testenv.MountDir(t)
 	on := func(name string) string { return filepath.Join(dir, name) }
-	for _, name := range []string{"private", "unbindable", "shared", "slave", "both"} {
-		mkdir(t, dir, name)
-	}
-	mount(t, "p", on("private"), "tmpfs", 0, "")
-	mount(t, "u", on("unbindable"), "tmpfs", 0, "")
-	mount(t, "", on("unbindable"), "", unix.MS_UNBINDABLE, "")
-	mount(t, "s", on("shared"), "tmpfs", 0, "")
-	mount(t, "", on("shared"), "", unix.MS_SHARED, "")
-	mount(t, on("shared"), on("slave"), "", unix.MS_BIND, "")
-	mount(t, "", on("slave"), "", unix.MS_SLAVE, "")
-	mount(t, on("shared"), on("both"), "", unix.MS_BIND, "")
-	mount(t, "", on("both"), "", unix.MS_SLAVE, "")
-	mount(t, "", on("both"), "", unix.MS_SHARED, "")
+	testenv.MountPropagations(t, dir)
 
 	table := readTable(t, openMountinfo(t))
 	var shared, both int
@@ -401,20 +255,20 @@ func TestLivePropagation(t *testing.T) {
 // with paths from there; of a slave whose master it does not see it is told
 // where the propagation comes from.
 func TestLiveChroot(t *testing.T) {
-	dir := mountDir(t)
-	jail, outside := mkdir(t, dir, "jail"), mkdir(t, dir, "outside")
-	mount(t, "jail", jail, "tmpfs", 0, "")
+	dir := testenv.MountDir(t)
+	jail, outside := testenv.Mkdir(t, dir, "jail"), testenv.Mkdir(t, dir, "outside")
+	testenv.Mount(t, "jail", jail, "tmpfs", 0, "")
 	for _, name := range []string{"a", "c", "-"} {
-		mkdir(t, jail, name)
+		testenv.Mkdir(t, jail, name)
 	}
-	mount(t, "a", jail+"/a", "tmpfs", 0, "")
-	mount(t, "", jail+"/a", "", unix.MS_SHARED, "")
-	mount(t, jail+"/a", outside, "", unix.MS_BIND, "")
-	mount(t, "", outside, "", unix.MS_SLAVE, "")
-	mount(t, "", outside, "", unix.MS_SHARED, "")
-	mount(t, outside, jail+"/c", "", unix.MS_BIND, "")
-	mount(t, "", jail+"/c", "", unix.MS_SLAVE, "")
-	mount(t, "", jail+"/-", "tmpfs", 0, "")
+	testenv.Mount(t, "a", jail+"/a", "tmpfs", 0, "")
+	testenv.Mount(t, "", jail+"/a", "", unix.MS_SHARED, "")
+	testenv.Mount(t, jail+"/a", outside, "", unix.MS_BIND, "")
+	testenv.Mount(t, "", outside, "", unix.MS_SLAVE, "")
+	testenv.Mount(t, "", outside, "", unix.MS_SHARED, "")
+	testenv.Mount(t, outside, jail+"/c", "", unix.MS_BIND, "")
+	testenv.Mount(t, "", jail+"/c", "", unix.MS_SLAVE, "")
+	testenv.Mount(t, "", jail+"/-", "tmpfs", 0, "")
 
 	fd := openInChroot(t, jail)
 	defer unix.Close(fd)
@@ -474,65 +328,14 @@ func openInChroot(tb testing.TB, root string) int {
 // TestLiveSubtype: the type of a FUSE mount has the subtype in it. Nobody
 // answers the mount's requests, so nothing may look into it.
 func TestLiveSubtype(t *testing.T) {
-	dir := mountDir(t)
-	fuse, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
-	if errors.Is(err, fs.ErrPermission) {
-		testenv.NeedRoot(t, err.Error())
-	}
-	if err != nil {
-		testenv.Missing(t, "needs /dev/fuse", err)
-	}
-	defer fuse.Close()
-	point := mkdir(t, dir, "fuse")
-	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%d", fuse.Fd(), os.Geteuid(), os.Getegid())
-	mount(t, "user@host:/dir #1", point, "fuse.with space#", unix.MS_NOSUID|unix.MS_NODEV, data)
+	point := testenv.MountSubtype(t, testenv.MountDir(t), "user@host:/dir #1", "with space#")
 	checkFields(t, mountedOn(t, point), procfs.MountInfo{Root: "/", Options: "rw,nosuid,nodev,relatime", FSType: "fuse.with space#", Source: "user@host:/dir #1", SuperOptions: "rw"})
 }
 
 // TestLiveIDMapped: an idmapped mount says so in its options.
 func TestLiveIDMapped(t *testing.T) {
-	testenv.NeedRoot(t, "the user namespace must not be the one that owns the file system")
-	testenv.NeedKernel(t, 6, 3, "idmapped mounts of tmpfs")
-	dir := mountDir(t)
-	user := otherUserNamespace(t)
-
-	tree, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(tree)
-	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(user.Fd())}
-	if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr); err != nil {
-		t.Fatal(err)
-	}
-	point := mkdir(t, dir, "idmapped")
-	if err := unix.MoveMount(tree, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		t.Fatal(err)
-	}
+	point := testenv.MountIDMapped(t, testenv.MountDir(t), 0)
 	check(t, mountedOn(t, point), procfs.MountInfo{Root: "/", Options: "rw,relatime,idmapped", FSType: "tmpfs", Source: "tmpfs", SuperOptions: "rw"})
-}
-
-// otherUserNamespace returns a user namespace that maps 0 to 100000.
-func otherUserNamespace(tb testing.TB) *os.File {
-	tb.Helper()
-	cmd := testenv.Child(tb, wait)
-	maps := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 100_000, Size: 1_000}}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: maps, GidMappings: maps}
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		tb.Fatal(err)
-	}
-	defer cmd.Wait()
-	defer stdin.Close()
-	f, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", cmd.Process.Pid))
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() { f.Close() })
-	return f
 }
 
 // TestLiveTable: each row of the table that the tests run in is decoded, and is

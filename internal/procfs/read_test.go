@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream/internal/procfs"
+	"github.com/kernstream/kernstream/internal/testenv"
 )
 
 func noStep() error { return nil }
@@ -35,9 +36,9 @@ func openFile(tb testing.TB, content []byte) int {
 // manyMounts mounts so much that the process's mountinfo has several pages.
 func manyMounts(tb testing.TB) {
 	tb.Helper()
-	dir := mountDir(tb)
+	dir := testenv.MountDir(tb)
 	for i := range 200 {
-		mount(tb, "source", mkdir(tb, dir, fmt.Sprintf("%03d", i)), "tmpfs", 0, "")
+		testenv.Mount(tb, "source", testenv.Mkdir(tb, dir, fmt.Sprintf("%03d", i)), "tmpfs", 0, "")
 	}
 }
 
@@ -186,26 +187,26 @@ func changed(tb testing.TB, fd int, want bool, when string) {
 // TestMountsChanged: a change is told once, and changes before the file was
 // opened never.
 func TestMountsChanged(t *testing.T) {
-	dir := mountDir(t)
+	dir := testenv.MountDir(t)
 	fd := openMountinfo(t)
 	changed(t, fd, false, "at first")
 	changed(t, fd, false, "again")
 
-	mount(t, "new", dir, "tmpfs", 0, "")
+	testenv.Mount(t, "new", dir, "tmpfs", 0, "")
 	changed(t, fd, true, "after a mount")
 	changed(t, fd, false, "after the mount was told")
 
-	mount(t, "", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
+	testenv.Mount(t, "", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
 	changed(t, fd, true, "after a remount")
 	changed(t, fd, false, "after the remount was told")
 
-	unmount(t, dir)
+	testenv.Unmount(t, dir)
 	changed(t, fd, true, "after an unmount")
 	changed(t, fd, false, "after the unmount was told")
 
 	for range 3 {
-		mount(t, "new", dir, "tmpfs", 0, "")
-		unmount(t, dir)
+		testenv.Mount(t, "new", dir, "tmpfs", 0, "")
+		testenv.Unmount(t, dir)
 	}
 	changed(t, openMountinfo(t), false, "opened after the changes")
 	changed(t, fd, true, "after six changes")
@@ -220,7 +221,7 @@ func TestMountsChanged(t *testing.T) {
 // TestMountsChangedReading: reading the table neither tells nor forgets a
 // change.
 func TestMountsChangedReading(t *testing.T) {
-	dir := mountDir(t)
+	dir := testenv.MountDir(t)
 	fd := openMountinfo(t)
 	read := func() string {
 		text, err := procfs.ReadAll(fd, nil, noStep)
@@ -231,19 +232,19 @@ func TestMountsChangedReading(t *testing.T) {
 	}
 	read()
 	changed(t, fd, false, "after reading")
-	mount(t, "a-new-one", dir, "tmpfs", 0, "")
+	testenv.Mount(t, "a-new-one", dir, "tmpfs", 0, "")
 	if !strings.Contains(read(), "a-new-one") {
 		t.Error("the new mount is not in the text")
 	}
 	changed(t, fd, true, "after reading it")
-	unmount(t, dir)
+	testenv.Unmount(t, dir)
 	changed(t, fd, true, "after an unmount")
 }
 
 // TestMountsChangedIndependent: each open file is told of each change, but the
 // descriptors of one open file share what they are told.
 func TestMountsChangedIndependent(t *testing.T) {
-	dir := mountDir(t)
+	dir := testenv.MountDir(t)
 	a, b := openMountinfo(t), openMountinfo(t)
 	dup, err := unix.FcntlInt(uintptr(b), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
@@ -251,12 +252,12 @@ func TestMountsChangedIndependent(t *testing.T) {
 	}
 	defer unix.Close(dup)
 
-	mount(t, "new", dir, "tmpfs", 0, "")
+	testenv.Mount(t, "new", dir, "tmpfs", 0, "")
 	changed(t, a, true, "one file")
 	changed(t, b, true, "another file")
 	changed(t, dup, false, "a duplicate of the other")
 
-	unmount(t, dir)
+	testenv.Unmount(t, dir)
 	changed(t, dup, true, "the duplicate first")
 	changed(t, b, false, "the one it was made of")
 	changed(t, a, true, "the file apart")

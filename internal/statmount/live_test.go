@@ -3,8 +3,6 @@ package statmount_test
 import (
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -23,45 +21,12 @@ import (
 	"github.com/kernstream/kernstream/internal/testenv"
 )
 
-// mountDir returns a new directory on which a tmpfs is mounted. Whatever is
-// mounted below it goes with it when the test ends.
+// mountDir is testenv.MountDir for a kernel with the system calls.
 func mountDir(tb testing.TB) string {
 	tb.Helper()
 	testenv.NeedKernel(tb, 6, 8, "listmount, statmount")
 	testenv.NeedMounts(tb)
-	dir := tb.TempDir()
-	mount(tb, "tmpfs", dir, "tmpfs", 0, "mode=755")
-	tb.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			tb.Error(err)
-		}
-	})
-	return dir
-}
-
-func mount(tb testing.TB, source, target, fsType string, flags uintptr, data string) {
-	tb.Helper()
-	if err := unix.Mount(source, target, fsType, flags, data); err != nil {
-		tb.Fatalf("mount %q on %q, type %q, flags %#x: %v", source, target, fsType, flags, err)
-	}
-}
-
-func mkdir(tb testing.TB, elem ...string) string {
-	tb.Helper()
-	dir := filepath.Join(elem...)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		tb.Fatal(err)
-	}
-	return dir
-}
-
-func touch(tb testing.TB, elem ...string) string {
-	tb.Helper()
-	name := filepath.Join(elem...)
-	if err := os.WriteFile(name, nil, 0o644); err != nil {
-		tb.Fatal(err)
-	}
-	return name
+	return testenv.MountDir(tb)
 }
 
 // table decodes the mountinfo file of a directory in /proc.
@@ -177,21 +142,15 @@ func statPoint(tb testing.TB, r *statmount.Reader, point string) (m statmount.Mo
 	return m
 }
 
-var oddNames = []string{
-	"with space", "with\ttab", "with\nline feed", "\n", `with\backslash`, `literal\040`, `\`, `\\134`, "with#hash",
-	"-", " - ", "cr\r", "vt\v", "del\x7f", "high\xff\xfe", "cut\xc3", "overlong\xc0\x80", "comma,", "equals=", `quote"'`,
-	"//deleted", strings.Repeat("n", 255),
-}
-
 // TestLiveNames: mount points, and roots of bind mounts, with odd names.
 func TestLiveNames(t *testing.T) {
 	dir := mountDir(t)
-	for i, name := range oddNames {
-		mount(t, "t", mkdir(t, dir, "on", name), "tmpfs", 0, "")
-		mount(t, mkdir(t, dir, "from", name), mkdir(t, dir, fmt.Sprint(i)), "", unix.MS_BIND, "")
+	for i, name := range testenv.OddNames {
+		testenv.Mount(t, "t", testenv.Mkdir(t, dir, "on", name), "tmpfs", 0, "")
+		testenv.Mount(t, testenv.Mkdir(t, dir, "from", name), testenv.Mkdir(t, dir, fmt.Sprint(i)), "", unix.MS_BIND, "")
 	}
 	rows := parity(t)
-	for i, name := range oddNames {
+	for i, name := range testenv.OddNames {
 		if _, ok := rows[filepath.Join(dir, "on", name)]; !ok {
 			t.Errorf("%q is not mounted", name)
 		}
@@ -205,36 +164,12 @@ func TestLiveNames(t *testing.T) {
 // length.
 func TestLiveSources(t *testing.T) {
 	dir := mountDir(t)
-	for i, source := range append([]string{"", "none", strings.Repeat("long ", 800)}, oddNames...) {
-		mount(t, source, mkdir(t, dir, fmt.Sprint(i)), "tmpfs", 0, "")
+	for i, source := range append([]string{"", "none", strings.Repeat("long ", 800)}, testenv.OddNames...) {
+		testenv.Mount(t, source, testenv.Mkdir(t, dir, fmt.Sprint(i)), "tmpfs", 0, "")
 	}
-	attach(t, "tmpfs", unix.AT_FDCWD, mkdir(t, dir, "unsaid"), func(int) error { return nil })
+	testenv.MountNew(t, "tmpfs", unix.AT_FDCWD, testenv.Mkdir(t, dir, "unsaid"), func(int) error { return nil })
 	if got := parity(t)[dir+"/unsaid"].Source; got != "none" {
 		t.Errorf("the source that was not said is %q", got)
-	}
-}
-
-// attach mounts a file system that configure has described on name in dir.
-func attach(tb testing.TB, fsType string, dir int, name string, configure func(fd int) error) {
-	tb.Helper()
-	config, err := unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		tb.Fatalf("fsopen %s: %v", fsType, err)
-	}
-	defer unix.Close(config)
-	if err := configure(config); err != nil {
-		tb.Fatalf("fsconfig %s: %v", fsType, err)
-	}
-	if err := unix.FsconfigCreate(config); err != nil {
-		tb.Fatalf("fsconfig create %s: %v", fsType, err)
-	}
-	mnt, err := unix.Fsmount(config, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		tb.Fatalf("fsmount %s: %v", fsType, err)
-	}
-	defer unix.Close(mnt)
-	if err := unix.MoveMount(mnt, "", dir, name, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		tb.Fatalf("move_mount %s: %v", fsType, err)
 	}
 }
 
@@ -256,10 +191,10 @@ func TestLiveOptions(t *testing.T) {
 		"ro,nosuid,nodev,noexec,noatime,nodiratime,nosymfollow": unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC |
 			unix.MS_NOATIME | unix.MS_NODIRATIME | unix.MS_NOSYMFOLLOW,
 	} {
-		mount(t, "t", mkdir(t, dir, options), "tmpfs", flags, "")
-		bind := mkdir(t, dir, "bind "+options)
-		mount(t, dir, bind, "", unix.MS_BIND, "")
-		mount(t, "", bind, "", unix.MS_BIND|unix.MS_REMOUNT|flags, "")
+		testenv.Mount(t, "t", testenv.Mkdir(t, dir, options), "tmpfs", flags, "")
+		bind := testenv.Mkdir(t, dir, "bind "+options)
+		testenv.Mount(t, dir, bind, "", unix.MS_BIND, "")
+		testenv.Mount(t, "", bind, "", unix.MS_BIND|unix.MS_REMOUNT|flags, "")
 	}
 	rows := parity(t)
 	bound := 0
@@ -289,19 +224,19 @@ func TestLiveSuperOptions(t *testing.T) {
 		"rw": 0, "ro": unix.MS_RDONLY, "rw,sync": unix.MS_SYNCHRONOUS, "rw,dirsync": unix.MS_DIRSYNC, "rw,lazytime": unix.MS_LAZYTIME,
 		"ro,sync,dirsync,lazytime": unix.MS_RDONLY | unix.MS_SYNCHRONOUS | unix.MS_DIRSYNC | unix.MS_LAZYTIME,
 	} {
-		mount(t, "t", mkdir(t, dir, "tmpfs "+name), "tmpfs", flags, "size=64k,mode=700")
+		testenv.Mount(t, "t", testenv.Mkdir(t, dir, "tmpfs "+name), "tmpfs", flags, "size=64k,mode=700")
 		// It has no options of its own.
-		mount(t, "r", mkdir(t, dir, "ramfs "+name), "ramfs", flags, "")
+		testenv.Mount(t, "r", testenv.Mkdir(t, dir, "ramfs "+name), "ramfs", flags, "")
 	}
-	lower := mkdir(t, dir, `lower \ "=	#`)
-	attach(t, "overlay", unix.AT_FDCWD, mkdir(t, dir, "escapes"), func(fd int) error {
+	lower := testenv.Mkdir(t, dir, `lower \ "=	#`)
+	testenv.MountNew(t, "overlay", unix.AT_FDCWD, testenv.Mkdir(t, dir, "escapes"), func(fd int) error {
 		if !testenv.KernelAtLeast(6, 8) {
 			return unix.FsconfigSetString(fd, "lowerdir", dir)
 		}
 		if err := unix.FsconfigSetString(fd, "lowerdir+", lower); err != nil {
 			return err
 		}
-		return unix.FsconfigSetString(fd, "lowerdir+", mkdir(t, dir, "second, lower"))
+		return unix.FsconfigSetString(fd, "lowerdir+", testenv.Mkdir(t, dir, "second, lower"))
 	})
 	rows := parity(t)
 	for point, row := range rows {
@@ -319,93 +254,16 @@ func TestLiveSuperOptions(t *testing.T) {
 
 // TestLiveIDMapped: an idmapped mount says so in its options.
 func TestLiveIDMapped(t *testing.T) {
-	testenv.NeedRoot(t, "the user namespace must not be the one that owns the file system")
-	dir := mountDir(t)
-	maps := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 100_000, Size: 1_000}}
-	user, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", child(t, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: maps, GidMappings: maps})))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer user.Close()
-	tree, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(tree)
-	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP | unix.MOUNT_ATTR_NOSYMFOLLOW, Userns_fd: uint64(user.Fd())}
-	if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr); err != nil {
-		t.Fatal(err)
-	}
-	point := mkdir(t, dir, "idmapped")
-	if err := unix.MoveMount(tree, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		t.Fatal(err)
-	}
+	point := testenv.MountIDMapped(t, mountDir(t), unix.MOUNT_ATTR_NOSYMFOLLOW)
 	if got := parity(t)[point].Options; got != "rw,relatime,nosymfollow,idmapped" {
 		t.Errorf("options %q", got)
 	}
 }
 
-// child starts a child that waits until the test ends, and returns its ID.
-func child(tb testing.TB, attr *syscall.SysProcAttr) int {
-	tb.Helper()
-	pid, _ := startChild(tb, attr)
-	return pid
-}
-
-// startChild is child with a function that ends it.
-func startChild(tb testing.TB, attr *syscall.SysProcAttr) (pid int, end func()) {
-	tb.Helper()
-	cmd := testenv.Child(tb, wait)
-	cmd.SysProcAttr = attr
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		tb.Fatal(err)
-	}
-	ended := false
-	end = func() {
-		if !ended {
-			ended = true
-			stdin.Close()
-			cmd.Wait()
-		}
-	}
-	tb.Cleanup(end)
-	if _, err := io.ReadFull(stdout, make([]byte, 1)); err != nil {
-		tb.Fatal(err)
-	}
-	return cmd.Process.Pid, end
-}
-
-// propagation mounts a shared, a slave, a shared slave, and an unbindable one
-// below dir.
-func propagation(tb testing.TB, dir string) {
-	tb.Helper()
-	bind := func(from, on string, flags ...uintptr) {
-		mount(tb, dir+"/"+from, mkdir(tb, dir, on), "", unix.MS_BIND, "")
-		for _, flag := range flags {
-			mount(tb, "", dir+"/"+on, "", flag, "")
-		}
-	}
-	mount(tb, "s", mkdir(tb, dir, "shared"), "tmpfs", 0, "")
-	mount(tb, "", dir+"/shared", "", unix.MS_SHARED, "")
-	bind("shared", "peer")
-	bind("shared", "slave", unix.MS_SLAVE)
-	bind("shared", "both", unix.MS_SLAVE, unix.MS_SHARED)
-	bind("shared", "private", unix.MS_PRIVATE)
-	bind("shared", "unbindable", unix.MS_UNBINDABLE)
-}
-
 // TestLivePropagation: the optional fields of every kind of propagation.
 func TestLivePropagation(t *testing.T) {
 	dir := mountDir(t)
-	propagation(t, dir)
+	testenv.MountPropagations(t, dir)
 	rows := parity(t)
 	tags := func(name string) (tags string) {
 		for _, field := range rows[dir+"/"+name].Optional {
@@ -429,15 +287,15 @@ func TestLivePropagation(t *testing.T) {
 // or is refused to an ordinary user.
 func TestLiveChroot(t *testing.T) {
 	dir := mountDir(t)
-	jail := mkdir(t, dir, "jail")
-	mount(t, "jail", jail, "tmpfs", 0, "")
-	propagation(t, jail)
-	outside := mkdir(t, dir, "outside")
-	mount(t, jail+"/both", outside, "", unix.MS_BIND, "")
-	mount(t, "", outside, "", unix.MS_SLAVE, "")
-	mount(t, "", outside, "", unix.MS_SHARED, "")
-	mount(t, outside, mkdir(t, jail, "twice"), "", unix.MS_BIND, "")
-	mount(t, "", jail+"/twice", "", unix.MS_SLAVE, "")
+	jail := testenv.Mkdir(t, dir, "jail")
+	testenv.Mount(t, "jail", jail, "tmpfs", 0, "")
+	testenv.MountPropagations(t, jail)
+	outside := testenv.Mkdir(t, dir, "outside")
+	testenv.Mount(t, jail+"/both", outside, "", unix.MS_BIND, "")
+	testenv.Mount(t, "", outside, "", unix.MS_SLAVE, "")
+	testenv.Mount(t, "", outside, "", unix.MS_SHARED, "")
+	testenv.Mount(t, outside, testenv.Mkdir(t, jail, "twice"), "", unix.MS_BIND, "")
+	testenv.Mount(t, "", jail+"/twice", "", unix.MS_SLAVE, "")
 	unseen := statPoint(t, &statmount.Reader{}, outside).ID
 
 	root, err := os.Open(jail)
@@ -485,15 +343,15 @@ func TestLiveChroot(t *testing.T) {
 // of a namespace, and of one mount on top of another like it.
 func TestLiveRoots(t *testing.T) {
 	dir := mountDir(t)
-	mount(t, touch(t, dir, "a file"), touch(t, dir, "file"), "", unix.MS_BIND, "")
-	mount(t, mkdir(t, dir, "some/where"), mkdir(t, dir, "directory"), "", unix.MS_BIND, "")
-	mount(t, mkdir(t, dir, "gone"), mkdir(t, dir, "deleted"), "", unix.MS_BIND, "")
+	testenv.Mount(t, testenv.Touch(t, dir, "a file"), testenv.Touch(t, dir, "file"), "", unix.MS_BIND, "")
+	testenv.Mount(t, testenv.Mkdir(t, dir, "some/where"), testenv.Mkdir(t, dir, "directory"), "", unix.MS_BIND, "")
+	testenv.Mount(t, testenv.Mkdir(t, dir, "gone"), testenv.Mkdir(t, dir, "deleted"), "", unix.MS_BIND, "")
 	if err := os.Remove(dir + "/gone"); err != nil {
 		t.Fatal(err)
 	}
-	mount(t, "/proc/self/ns/net", touch(t, dir, "net"), "", unix.MS_BIND, "")
+	testenv.Mount(t, "/proc/self/ns/net", testenv.Touch(t, dir, "net"), "", unix.MS_BIND, "")
 	for range 2 {
-		mount(t, "same", mkdir(t, dir, "twice"), "tmpfs", 0, "")
+		testenv.Mount(t, "same", testenv.Mkdir(t, dir, "twice"), "tmpfs", 0, "")
 	}
 	rows := parity(t)
 	name, err := os.Readlink("/proc/self/ns/net")
@@ -512,18 +370,9 @@ func TestLiveRoots(t *testing.T) {
 func TestLiveOverlay(t *testing.T) {
 	testenv.NeedKernel(t, 6, 11, "statmount: options")
 	dir := mountDir(t)
-	point := mkdir(t, dir, "overlay")
-	attach(t, "overlay", unix.AT_FDCWD, point, func(fd int) error {
-		for i := range 500 {
-			name := fmt.Sprintf("%03d, ", i)
-			if err := unix.FsconfigSetString(fd, "lowerdir+", mkdir(t, dir, name+strings.Repeat("x", max(0, 240-len(dir)-len(name))))); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	mount(t, "after", mkdir(t, dir, "after"), "tmpfs", 0, "")
-	if n := len(parity(t)[point].SuperOptions); n < 100_000 {
+	testenv.MountLayers(t, dir)
+	testenv.Mount(t, "after", testenv.Mkdir(t, dir, "after"), "tmpfs", 0, "")
+	if n := len(parity(t)[dir+"/overlay"].SuperOptions); n < 100_000 {
 		t.Errorf("%d bytes of options, which is not the long reply this is about", n)
 	}
 }
@@ -531,30 +380,8 @@ func TestLiveOverlay(t *testing.T) {
 // TestLiveDeepMountPoint: a mount point may be deeper than a path that the
 // kernel would take.
 func TestLiveDeepMountPoint(t *testing.T) {
-	dir := mountDir(t)
-	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { unix.Close(fd) }()
-	const name = "a directory's name of 32 letters"
-	point := dir
-	for len(point) < 12_000 {
-		if err := unix.Mkdirat(fd, name, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		next, err := unix.Openat(fd, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		unix.Close(fd)
-		fd, point = next, point+"/"+name
-	}
-	if err := unix.Mkdirat(fd, "end", 0o755); err != nil {
-		t.Fatal(err)
-	}
-	attach(t, "tmpfs", fd, "end", func(int) error { return nil })
-	if _, ok := parity(t)[point+"/end"]; !ok {
+	point := testenv.MountDeep(t, mountDir(t), "deep", 12_000)
+	if _, ok := parity(t)[point]; !ok {
 		t.Error("it is not mounted")
 	}
 }
@@ -562,18 +389,7 @@ func TestLiveDeepMountPoint(t *testing.T) {
 // TestLiveSubtype: a subtype belongs to the type. Nobody answers the mount's
 // requests, so nothing may look into it.
 func TestLiveSubtype(t *testing.T) {
-	dir := mountDir(t)
-	fuse, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
-	if errors.Is(err, fs.ErrPermission) {
-		testenv.NeedRoot(t, err.Error())
-	}
-	if err != nil {
-		testenv.Missing(t, "needs /dev/fuse", err)
-	}
-	defer fuse.Close()
-	point := mkdir(t, dir, "fuse")
-	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%d", fuse.Fd(), os.Geteuid(), os.Getegid())
-	mount(t, "user@host:/dir #1", point, "fuse.with space#", unix.MS_NOSUID|unix.MS_NODEV, data)
+	point := testenv.MountSubtype(t, mountDir(t), "user@host:/dir #1", "with space#")
 	if got := parity(t)[point].FSType; got != "fuse.with space#" {
 		t.Errorf("type %q", got)
 	}
@@ -611,9 +427,9 @@ func TestLiveMask(t *testing.T) {
 // if it is enough.
 func TestLiveList(t *testing.T) {
 	dir := mountDir(t)
-	point := mkdir(t, dir, "point")
+	point := testenv.Mkdir(t, dir, "point")
 	for range 200 {
-		mount(t, "t", point, "tmpfs", 0, "")
+		testenv.Mount(t, "t", point, "tmpfs", 0, "")
 	}
 	if rows := parity(t); rows[point].Source != "t" {
 		t.Errorf("%+v", rows[point])
@@ -642,14 +458,14 @@ func TestLiveList(t *testing.T) {
 // never was; the next one has another ID, also with the same short one.
 func TestLiveGone(t *testing.T) {
 	dir := mountDir(t)
-	point := mkdir(t, dir, "point")
+	point := testenv.Mkdir(t, dir, "point")
 	var r statmount.Reader
-	mount(t, "t", point, "tmpfs", 0, "")
+	testenv.Mount(t, "t", point, "tmpfs", 0, "")
 	id := statPoint(t, &r, point).ID
 	if err := unix.Unmount(point, 0); err != nil {
 		t.Fatal(err)
 	}
-	mount(t, "t", point, "tmpfs", 0, "")
+	testenv.Mount(t, "t", point, "tmpfs", 0, "")
 	if next := statPoint(t, &r, point).ID; next <= id {
 		t.Errorf("ID %#x after %#x", next, id)
 	}
@@ -682,9 +498,9 @@ func namespaceOf(tb testing.TB, pid int) (id uint64) {
 func TestLiveNamespace(t *testing.T) {
 	testenv.NeedKernel(t, 6, 11, "statmount: namespaces")
 	dir := mountDir(t)
-	mount(t, "in both", mkdir(t, dir, "point"), "tmpfs", 0, "")
-	pid, end := startChild(t, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS})
-	mount(t, "own", mkdir(t, dir, "own"), "tmpfs", 0, "")
+	testenv.Mount(t, "in both", testenv.Mkdir(t, dir, "point"), "tmpfs", 0, "")
+	pid, end := testenv.StartIdle(t, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS})
+	testenv.Mount(t, "own", testenv.Mkdir(t, dir, "own"), "tmpfs", 0, "")
 
 	own, other := statmount.Reader{}, statmount.Reader{Namespace: namespaceOf(t, pid)}
 	proc, err := unix.Open(fmt.Sprintf("/proc/%d", pid), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)

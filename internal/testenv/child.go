@@ -2,9 +2,12 @@ package testenv
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"runtime"
+	"sync"
+	"syscall"
 	"testing"
 )
 
@@ -52,4 +55,44 @@ func beChild() {
 	}
 	os.Unsetenv(childVar)
 	os.Exit(main(os.Args[1:]))
+}
+
+// idle is a child that says when it runs, and ends when its standard input
+// does.
+const idle = "idle"
+
+func init() {
+	RegisterChild(idle, func([]string) int {
+		os.Stdout.Write([]byte{'\n'})
+		io.Copy(io.Discard, os.Stdin)
+		return 0
+	})
+}
+
+// StartIdle starts a child that does nothing. It is there until end is called,
+// or the test is over.
+func StartIdle(tb testing.TB, attr *syscall.SysProcAttr) (pid int, end func()) {
+	tb.Helper()
+	cmd := Child(tb, idle)
+	cmd.SysProcAttr = attr
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	end = sync.OnceFunc(func() {
+		stdin.Close()
+		cmd.Wait()
+	})
+	tb.Cleanup(end)
+	if _, err := io.ReadFull(stdout, make([]byte, 1)); err != nil {
+		tb.Fatal(err)
+	}
+	return cmd.Process.Pid, end
 }
