@@ -131,7 +131,7 @@ func TestParityM6StopAndJoin(t *testing.T) {
 		}
 		return len(entries)
 	}
-	var slowest time.Duration
+	var cancels []time.Duration
 	for i := range testenv.SoakN(300) {
 		before := descriptors()
 		ctx, cancel := context.WithCancel(t.Context())
@@ -146,7 +146,7 @@ func TestParityM6StopAndJoin(t *testing.T) {
 		cancel()
 		for range w.C {
 		}
-		slowest = max(slowest, time.Since(begin))
+		cancels = append(cancels, time.Since(begin))
 		if after := descriptors(); after != before {
 			t.Fatalf("%d descriptors when C was closed; want %d as before", after, before)
 		}
@@ -154,9 +154,11 @@ func TestParityM6StopAndJoin(t *testing.T) {
 			t.Fatalf("Err is %v", err)
 		}
 	}
-	// No figure is asserted here (see bench), but a poll of seconds would show.
-	if slowest > 2*time.Second {
-		t.Errorf("a cancel took %v", slowest)
+	// No figure is asserted here (see bench), but a poll would show, however busy
+	// the machine is now and then.
+	slices.Sort(cancels)
+	if median := cancels[len(cancels)/2]; median > 250*time.Millisecond {
+		t.Errorf("half of the cancels took %v or more", median)
 	}
 }
 
