@@ -22,7 +22,7 @@ import (
 )
 
 // patience is how long a test waits for what must happen.
-const patience = 20 * time.Second
+const patience = testenv.Patience
 
 // fakeEvent is an event of a fake source.
 type fakeEvent struct {

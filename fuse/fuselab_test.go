@@ -26,7 +26,7 @@ import (
 func TestMain(m *testing.M) { testenv.MainInNamespace(m) }
 
 // patience is how long a test waits for what must happen.
-const patience = 20 * time.Second
+const patience = testenv.Patience
 
 // needFUSE skips t where FUSE file systems cannot be mounted.
 func needFUSE(t testing.TB) {

@@ -21,7 +21,7 @@ import (
 )
 
 // patience is how long a test waits for what must happen.
-const patience = 10 * time.Second
+const patience = testenv.Patience
 
 // past is a deadline that has expired.
 var past = time.Unix(1, 0)

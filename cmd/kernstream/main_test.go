@@ -27,7 +27,7 @@ import (
 )
 
 // patience is how long a test waits for what must happen.
-const patience = 20 * time.Second
+const patience = testenv.Patience
 
 var update = flag.Bool("update", false, "write the golden files anew")
 

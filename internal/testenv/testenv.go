@@ -80,6 +80,10 @@ func NeedRoot(tb testing.TB, what string) {
 	}
 }
 
+// Patience is how long a test waits for what must happen: longer than it takes on
+// any machine, however busy, since only a failure takes that long.
+const Patience = time.Minute
+
 // NeedMounts skips tb where the tests could not get a mount namespace of their
 // own. Its package must call [MainInNamespace].
 func NeedMounts(tb testing.TB) {
