@@ -1,6 +1,7 @@
 package poller
 
 import (
+	"cmp"
 	"context"
 	"os"
 	"sync"
@@ -115,25 +116,61 @@ func (s *Set[V]) lookup(id ID) *slot[V] {
 	return nil
 }
 
-// Remove takes the descriptor id out and closes it. A call of [Set.Wait] that
-// starts after Remove does not report it. It returns os.ErrClosed when id is
-// not in the Set.
-func (s *Set[V]) Remove(id ID) error {
+// Remove takes the descriptors ids out and closes them. A call of [Set.Wait]
+// that starts after Remove does not report them. It returns os.ErrClosed when one
+// of them is not in the Set, and does the others. The last close of a descriptor
+// may take longer than all the rest, and the kernel works on several at once: who
+// removes many does it from several goroutines, some tens in a call.
+func (s *Set[V]) Remove(ids ...ID) error {
+	var result error
+	for len(ids) > 0 {
+		var room [64]int
+		n := min(len(ids), len(room))
+		fds := s.take(ids[:n], room[:0])
+		if len(fds) < n {
+			result = os.ErrClosed
+		}
+		s.deregister(fds)
+		for _, fd := range fds {
+			if err := unix.Close(fd); err != nil {
+				result = cmp.Or(result, os.NewSyscallError("close", err))
+			}
+		}
+		ids = ids[n:]
+	}
+	return result
+}
+
+// take makes the caller the owner of the descriptors ids, and appends them to
+// fds.
+func (s *Set[V]) take(ids []ID, fds []int) []int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	slot := s.lookup(id)
-	if slot == nil {
-		return os.ErrClosed
+	for _, id := range ids {
+		slot := s.lookup(id)
+		if slot == nil {
+			continue
+		}
+		fds = append(fds, int(slot.fd))
+		var none V
+		slot.value = none
+		slot.generation++
+		s.free = append(s.free, id.index())
 	}
-	// Closing alone would leave the registration in place, and firing, for as
-	// long as somebody holds a duplicate.
-	unix.EpollCtl(s.epfd, unix.EPOLL_CTL_DEL, int(slot.fd), nil)
-	err := unix.Close(int(slot.fd))
-	var none V
-	slot.value = none
-	slot.generation++
-	s.free = append(s.free, id.index())
-	return os.NewSyscallError("close", err)
+	return fds
+}
+
+// deregister takes fds out of the epoll instance. Closing alone would leave the
+// registrations in place, and firing, for as long as somebody holds a duplicate.
+func (s *Set[V]) deregister(fds []int) {
+	epfd, ok := s.epoll.Pin()
+	if !ok {
+		return // with the instance, the registrations are gone
+	}
+	defer s.epoll.Unpin()
+	for _, fd := range fds {
+		unix.EpollCtl(epfd, unix.EPOLL_CTL_DEL, fd, nil)
+	}
 }
 
 // Control calls use with the descriptor id, which stays open meanwhile. use

@@ -233,6 +233,45 @@ func TestSetRemove(t *testing.T) {
 	}
 }
 
+// TestSetRemoveMany: Remove takes any number, does what it can when some are gone,
+// and may run in several goroutines and beside Close: everything is closed once.
+func TestSetRemoveMany(t *testing.T) {
+	testenv.NoLeaks(t)
+	for range testenv.SoakN(20) {
+		s := newSet(t)
+		var ids []poller.ID
+		var fds []int
+		for range 300 {
+			fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fds = append(fds, fd)
+			ids = append(ids, add(t, s, fd, "event"))
+		}
+		if err := s.Remove(ids[:100]...); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Remove(ids[50:150]...); !errors.Is(err, os.ErrClosed) || s.Len() != 150 {
+			t.Fatalf("Remove of some that are gone returned %v, and left %d; want os.ErrClosed, 150", err, s.Len())
+		}
+		if err := s.Remove(); err != nil {
+			t.Fatal(err)
+		}
+		var all sync.WaitGroup
+		for _, part := range [][]poller.ID{ids[150:200], ids[200:250]} {
+			all.Go(func() { s.Remove(part...) })
+		}
+		all.Go(func() { s.Close() })
+		all.Wait()
+		for _, fd := range fds {
+			if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != unix.EBADF {
+				t.Fatalf("descriptor %d is open", fd)
+			}
+		}
+	}
+}
+
 // TestSetAddFails: a descriptor that Add did not take stays the caller's, and
 // the Set as it was.
 func TestSetAddFails(t *testing.T) {
