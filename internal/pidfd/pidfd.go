@@ -28,23 +28,55 @@ const (
 
 // Poll returns the state of the process.
 func Poll(fd int) (State, error) {
-	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	for {
-		_, err := unix.Poll(fds, 0)
-		switch events := fds[0].Revents; {
-		case err == unix.EINTR:
-		case err != nil:
-			return Running, os.NewSyscallError("poll", err)
-		case events&unix.POLLNVAL != 0:
-			return Running, os.NewSyscallError("poll", unix.EBADF)
-		case events&unix.POLLHUP != 0:
-			return Reaped, nil
-		case events&unix.POLLIN != 0:
-			return Exited, nil
-		default:
-			return Running, nil
+	fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	if err := pollNow(fds[:]); err != nil {
+		return Running, os.NewSyscallError("poll", err)
+	}
+	if fds[0].Revents&unix.POLLNVAL != 0 {
+		return Running, os.NewSyscallError("poll", unix.EBADF)
+	}
+	return stateOf(fds[0].Revents), nil
+}
+
+// PollMany returns the states of many processes, with few system calls. One that
+// cannot be told is Running.
+func PollMany(fds []int32) []State {
+	states := make([]State, len(fds))
+	var polled [256]unix.PollFd
+	for from := 0; from < len(fds); from += len(polled) {
+		some := polled[:min(len(fds)-from, len(polled))]
+		for i := range some {
+			some[i] = unix.PollFd{Fd: fds[from+i], Events: unix.POLLIN}
+		}
+		err := pollNow(some)
+		for i, p := range some {
+			if err == nil {
+				states[from+i] = stateOf(p.Revents)
+				continue
+			}
+			// More at once than RLIMIT_NOFILE is.
+			states[from+i], _ = Poll(int(p.Fd))
 		}
 	}
+	return states
+}
+
+func pollNow(fds []unix.PollFd) error {
+	for {
+		if _, err := unix.Poll(fds, 0); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+func stateOf(events int16) State {
+	switch {
+	case events&unix.POLLHUP != 0:
+		return Reaped
+	case events&unix.POLLIN != 0:
+		return Exited
+	}
+	return Running
 }
 
 // HasID tells whether this kernel has pidfs: then [ID] names processes, and

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -42,6 +43,43 @@ func child(t *testing.T, script string) (fd int, cmd *exec.Cmd, end func()) {
 			}
 		}
 		t.Fatal("the child does not end")
+	}
+}
+
+// TestPollMany: the states of many, more than are asked for at once, and more
+// than RLIMIT_NOFILE lets be asked for at once.
+func TestPollMany(t *testing.T) {
+	running, _, _ := child(t, "exit 0")
+	zombie, _, end := child(t, "exit 0")
+	end()
+	fds := make([]int32, 1000)
+	want := make([]State, len(fds))
+	for i := range fds {
+		switch i % 3 {
+		case 0:
+			fds[i] = int32(running)
+		case 1:
+			fds[i], want[i] = int32(zombie), Exited
+		default:
+			fds[i] = 9999 // is not open
+		}
+	}
+	if got := PollMany(fds); !slices.Equal(got, want) {
+		t.Errorf("states %v", got)
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 100, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	if got := PollMany(fds); !slices.Equal(got, want) {
+		t.Errorf("states %v with a low RLIMIT_NOFILE", got)
+	}
+	if got := PollMany(nil); len(got) != 0 {
+		t.Errorf("%d states of nothing", len(got))
 	}
 }
 
