@@ -157,8 +157,8 @@ func (f *processFeed) running(name string) error {
 	return nil
 }
 
-// enter calls use with the entry of a process that was opened.
-func (f *processFeed) enter(name string, o openProcess, use func(*process, *departures)) error {
+// enter calls use with the entry of a process that was opened as target.
+func (f *processFeed) enter(target Target, o openProcess, use func(*process, *departures)) error {
 	t := f.table
 	var d departures
 	var err error
@@ -177,7 +177,7 @@ func (f *processFeed) enter(name string, o openProcess, use func(*process, *depa
 	t.mu.Unlock()
 	t.depart(&d)
 	if err != nil {
-		return processError(operation(err, "watch"), name, err)
+		return processError(operation(err, "watch"), target.String(), err)
 	}
 	return nil
 }
@@ -231,23 +231,33 @@ func (f *processFeed) release(h *Process, d *departures) {
 
 // close ends all watches and lets go of all Processes.
 func (f *processFeed) close() {
+	f.table.mu.Lock()
+	f.closed = true
+	f.conclude(false)
+	f.table.mu.Unlock()
+	inBatches(f.closeBatch)
+	f.table.awaitRound() // the last events may have been received just before
+}
+
+// closeBatch does some of that.
+func (f *processFeed) closeBatch() (more bool) {
 	t := f.table
-	for more := true; more; {
-		var d departures
-		t.mu.Lock()
-		f.closed = true
-		f.conclude(false)
-		for h := range f.handles {
-			f.release(h, &d)
-		}
-		for range batch {
-			if f.watches.first == nil {
+	var d departures
+	defer t.depart(&d)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for range batch {
+		switch {
+		case len(f.handles) > 0:
+			for h := range f.handles {
+				f.release(h, &d)
 				break
 			}
+		case f.watches.first != nil:
 			f.end(f.watches.first, &d)
+		default:
+			return false
 		}
-		more = f.watches.first != nil
-		t.mu.Unlock()
-		t.depart(&d)
 	}
+	return true
 }

@@ -2,6 +2,7 @@ package kernstream
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 
 	"github.com/kernstream/kernstream/internal/pidfd"
@@ -13,11 +14,12 @@ type processStream struct {
 	Stream[*ProcessEvent]
 	c chan *ProcessEvent // Stream.C, to send on
 
-	// Guarded by processes.mu, and the last two are final once C is closed.
+	err atomic.Pointer[error] // nil: it runs, came to its natural end, or was closed
+
+	// Guarded by processes.mu, and the last one is final once C is closed.
 	first   *ProcessEvent   // to be sent next, if it was made already
 	watches *contextWatches // those with the same context; nil: it has no end
 	closed  bool            // C is
-	err     *error          // nil: it came to its natural end, or was closed
 	own     bool            // its context was the reason
 }
 
@@ -33,7 +35,13 @@ func newProcessStream(options *ProcessOptions) *processStream {
 // processEnding is how a processStream ends.
 type processEnding processStream
 
-func (e *processEnding) Err() error { return processes.streamErr((*processStream)(e)) }
+// Err takes no lock: many streams that end together are asked one by one.
+func (e *processEnding) Err() error {
+	if err := e.err.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
 
 func (e *processEnding) Close() error {
 	processes.closeStream((*processStream)(e))
@@ -98,40 +106,53 @@ func (t *processTable) arm(c *contextWatches) {
 	}
 }
 
-// batch is how much is done under the lock at once.
-const batch = 256
-
-// cancel ends the streams of a context that is done. A process that has ended
-// goes before that.
+// cancel ends the streams of a context that is done, except those whose process
+// has ended before.
 func (t *processTable) cancel(c *contextWatches) {
+	t.lookAtAll(c)
 	cause := context.Cause(c.ctx)
-	for more := true; more; {
-		now := time.Now()
-		var d departures
-		t.mu.Lock()
-		for range batch {
-			w := c.streams.first
-			if w == nil {
-				break
-			}
-			if state, err := pidfd.Poll(int(w.process.fd)); err == nil {
-				t.look(w.process, state, now, &d)
-				t.settle(w.process, &d)
-			}
-			if c.streams.first == w {
-				w.stream.err, w.stream.own = &cause, true
-				t.abandon(w, &d)
-			}
-		}
-		more = c.streams.first != nil
-		t.mu.Unlock()
-		t.depart(&d)
+	inBatches(func() (more bool) { return t.cancelBatch(c, &cause) })
+}
+
+// lookAtAll looks at the processes of the streams of c, without waiting.
+func (t *processTable) lookAtAll(c *contextWatches) {
+	now := time.Now()
+	var d departures
+	defer t.depart(&d)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var all []*process
+	var fds []int32
+	for w := c.streams.first; w != nil; w = w.links[ofOwner].next {
+		all = append(all, w.process)
+		fds = append(fds, w.process.fd)
+	}
+	for i, state := range pidfd.PollMany(fds) {
+		t.look(all[i], state, now, &d)
+		t.settle(all[i], &d)
 	}
 }
 
-// abandon ends a stream before its time. What it was told and has not been
-// received is lost.
-func (t *processTable) abandon(w *Watch, d *departures) {
+// cancelBatch ends some of them.
+func (t *processTable) cancelBatch(c *contextWatches, cause *error) (more bool) {
+	var d departures
+	defer t.depart(&d)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for range batch {
+		w := c.streams.first
+		if w == nil {
+			break
+		}
+		w.stream.own = true
+		t.abandon(w, cause, &d)
+	}
+	return c.streams.first != nil
+}
+
+// abandon ends a stream before its time, with an error or nil. What it was told
+// and has not been received is lost.
+func (t *processTable) abandon(w *Watch, err *error, d *departures) {
 	t.unhook(w)
 	for {
 		select {
@@ -141,13 +162,14 @@ func (t *processTable) abandon(w *Watch, d *departures) {
 		}
 		break
 	}
-	t.endStream(w.stream, d)
+	t.endStream(w.stream, err, d)
 	t.settle(w.process, d)
 }
 
 // endStream leaves s to be closed.
-func (t *processTable) endStream(s *processStream, d *departures) {
+func (t *processTable) endStream(s *processStream, err *error, d *departures) {
 	s.ended = true
+	s.err.Store(err)
 	if c := s.watches; c != nil {
 		c.streams.remove(&s.Watch, ofOwner)
 		s.watches = nil
@@ -167,7 +189,7 @@ func (t *processTable) closeStream(s *processStream) {
 	var d departures
 	t.mu.Lock()
 	if !s.ended {
-		t.abandon(&s.Watch, &d)
+		t.abandon(&s.Watch, nil, &d)
 	}
 	t.mu.Unlock()
 	t.depart(&d)
@@ -176,13 +198,4 @@ func (t *processTable) closeStream(s *processStream) {
 		t.changed.Wait()
 	}
 	t.mu.Unlock()
-}
-
-func (t *processTable) streamErr(s *processStream) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if s.err == nil || !s.ended {
-		return nil
-	}
-	return *s.err
 }

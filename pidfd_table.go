@@ -28,7 +28,8 @@ var processes = newProcessTable()
 // contexts are put off until the lock is released (departures).
 type processTable struct {
 	mu      sync.Mutex
-	changed sync.Cond // on mu: a stream was closed, or an event offered was taken or withdrawn
+	changed sync.Cond // on mu: a stream was closed, an event offered was taken or withdrawn, or a round is over
+	round   uint64    // of the goroutine; odd from when it has looked until nothing is left of what has ended
 
 	set      *poller.Set[*process] // nil: there is no entry
 	loopDone chan struct{}         // closed when the goroutine of set has ended
@@ -48,14 +49,14 @@ func newProcessTable() *processTable {
 // A process is one entry of the table.
 type process struct {
 	place poller.ID // in the Set
-	id    uint64    // of ProcessID; 0: not asked for yet, or not to be known
+	id    uint64    // of ProcessID; 0: not to be known
 	fd    int32     // its pidfd, which the Set owns; -1: given back, there is nothing more to learn
 	pid   int32
 	known uint8 // how many phases have been seen
 
 	handles int32     // how many Processes are open
 	watches watchList // those that wait for a phase that has not been seen
-	next    *process  // with the same key
+	next    *process  // with the same key, or to be taken out of the Set
 	end     *processEnd
 }
 
@@ -75,9 +76,6 @@ func (o *openProcess) key() uint64 {
 	case o.pid > 0:
 		return uint64(o.pid)
 	case pidfd.HasID():
-		if o.id == 0 {
-			o.id = processIdentity(o.fd, 0)
-		}
 		return o.id | numberless
 	}
 	return 0 // nothing can be compared
@@ -94,28 +92,16 @@ func (p *process) is(o *openProcess) bool {
 		return false
 	}
 	if pidfd.HasID() {
-		if o.id == 0 {
-			o.id = processIdentity(o.fd, o.pid)
-		}
-		p.identify()
 		return p.id == o.id && p.id != 0
 	}
 	// If p still has its number, nobody else had it when o was opened.
 	return o.pid > 0 && pidfd.Unreaped(int(p.fd))
 }
 
-// identify finds out the ID, while the pidfd is there.
-func (p *process) identify() {
-	if p.id == 0 && pidfd.HasID() && p.fd >= 0 {
-		p.id = processIdentity(int(p.fd), int(p.pid))
-	}
-}
-
 func (p *process) processID() ProcessID {
 	if p.end != nil {
 		return p.end.id
 	}
-	p.identify()
 	boot, _ := bootID()
 	return ProcessID{PID: int(p.pid), ID: p.id, Boot: boot}
 }
@@ -130,17 +116,20 @@ func phases() uint8 {
 
 // departures is what is left to do when the lock has been released.
 type departures struct {
-	set     *poller.Set[*process] // has no entries any more
-	done    <-chan struct{}       // its goroutine has ended
-	streams watchList             // to be closed, by the link of their owner
-	release []func() bool         // of contexts
+	set       *poller.Set[*process]
+	processes *process        // to be taken out of set, which closes their pidfds
+	last      bool            // set has no entries any more
+	done      <-chan struct{} // its goroutine has ended
+	streams   watchList       // to be closed, by the link of their owner
+	release   []func() bool   // of contexts
 }
 
 // enter returns the entry of a process, and makes it if there is none. It owns
 // the pidfd from the call on.
 func (t *processTable) enter(o openProcess) (*process, error) {
 	key := o.key()
-	for p := t.entries[key]; p != nil; p = p.next {
+	first := t.entries[key]
+	for p := first; p != nil; p = p.next {
 		if key != 0 && p.is(&o) {
 			unix.Close(o.fd)
 			return p, nil
@@ -159,7 +148,7 @@ func (t *processTable) enter(o openProcess) (*process, error) {
 		return nil, withLimit(err)
 	}
 	p.place = place
-	p.next = t.entries[key]
+	p.next = first
 	t.entries[key] = p
 	t.n++
 	return p, nil
@@ -184,10 +173,10 @@ func (t *processTable) settle(p *process, d *departures) {
 	if p.fd < 0 || p.watches.first != nil || p.handles > 0 && p.known < phases() {
 		return
 	}
-	p.identify()
 	t.forget(p)
-	t.set.Remove(p.place)
 	p.fd = -1
+	d.set = t.set
+	p.next, d.processes = d.processes, p
 	t.n--
 	t.settleSet(d)
 }
@@ -195,7 +184,7 @@ func (t *processTable) settle(p *process, d *departures) {
 // settleSet gives the Set back if it has no entry.
 func (t *processTable) settleSet(d *departures) {
 	if t.set != nil && t.n == 0 {
-		d.set, d.done = t.set, t.loopDone
+		d.set, d.last, d.done = t.set, true, t.loopDone
 		t.set, t.loopDone, t.entries = nil, nil, nil
 	}
 }
@@ -227,6 +216,7 @@ func (t *processTable) loop(set *poller.Set[*process], done chan<- struct{}) {
 		now := time.Now()
 		var d departures
 		t.mu.Lock()
+		t.round++
 		for _, r := range ready[:n] {
 			t.look(r.Value, stateOf(r.Events), now, &d)
 		}
@@ -245,7 +235,25 @@ func (t *processTable) loop(set *poller.Set[*process], done chan<- struct{}) {
 		running = t.set == set
 		t.mu.Unlock()
 		d.done = nil
-		t.depart(&d)
+		t.giveBack(&d)
+		t.endRound()
+		t.endStreams(&d)
+	}
+}
+
+func (t *processTable) endRound() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.round++
+	t.changed.Broadcast()
+}
+
+// awaitRound waits until nothing is left of what the goroutine has seen end.
+func (t *processTable) awaitRound() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for now := t.round; t.round == now && now&1 == 1; {
+		t.changed.Wait()
 	}
 }
 
@@ -259,8 +267,8 @@ func stateOf(events uint32) pidfd.State {
 // look notes that p has come to state, and tells its watches. The caller settles
 // p.
 func (t *processTable) look(p *process, state pidfd.State, now time.Time, d *departures) {
-	if p.fd < 0 || state == pidfd.Running {
-		return
+	if p.fd < 0 || uint8(state) <= p.known {
+		return // it is known
 	}
 	if p.end == nil {
 		p.end = &processEnd{id: p.processID()}
@@ -326,7 +334,7 @@ func (t *processTable) conclude(w *Watch, d *departures) {
 			w.feed.queue(w)
 		}
 	case w.told == w.until:
-		t.endStream(w.stream, d)
+		t.endStream(w.stream, nil, d)
 	}
 }
 
@@ -360,8 +368,7 @@ func (t *processTable) fail(err error, d *departures) {
 					w.feed.fail(err)
 					continue
 				}
-				w.stream.err = &err
-				t.endStream(w.stream, d)
+				t.endStream(w.stream, &err, d)
 			}
 			p.handles = 0
 			t.settle(p, d)
@@ -372,12 +379,31 @@ func (t *processTable) fail(err error, d *departures) {
 // depart does what was put off, without the lock. What a stream held is gone
 // before it is closed.
 func (t *processTable) depart(d *departures) {
-	if d.set != nil {
+	t.giveBack(d)
+	t.endStreams(d)
+}
+
+// giveBack closes descriptors.
+func (t *processTable) giveBack(d *departures) {
+	for p := d.processes; p != nil; {
+		var places [64]poller.ID
+		n := 0
+		for ; p != nil && n < len(places); p = p.next {
+			places[n] = p.place
+			n++
+		}
+		d.set.Remove(places[:n]...)
+	}
+	if d.last {
 		d.set.Close()
 		if d.done != nil {
 			<-d.done
 		}
 	}
+}
+
+// endStreams lets go of contexts, and closes the channels of streams.
+func (t *processTable) endStreams(d *departures) {
 	for _, release := range d.release {
 		release()
 	}
@@ -393,6 +419,30 @@ func (t *processTable) depart(d *departures) {
 	}
 	t.changed.Broadcast()
 	t.mu.Unlock()
+}
+
+// batch is how much is done under the lock at once.
+const batch = 256
+
+// inBatches calls step until it returns false: that is when nothing is left, or
+// others have the rest in hand. What takes long in it is the kernel's part of
+// the last close of a pidfd, so where there is more than one batch, all
+// processors share it. Their locks in the kernel leave nothing to gain beyond a
+// few of them.
+func inBatches(step func() (more bool)) {
+	if !step() {
+		return
+	}
+	var others sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), 4) - 1 {
+		others.Go(func() {
+			for step() {
+			}
+		})
+	}
+	for step() {
+	}
+	others.Wait()
 }
 
 // operation returns the system call that failed, or step.

@@ -7,8 +7,10 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -60,7 +62,7 @@ func TestTableSameNumber(t *testing.T) {
 	const number = 4711 // said of both
 	enter := func(fd int) *process {
 		t.Helper()
-		p, err := table.enter(openProcess{fd: fd, pid: number})
+		p, err := table.enter(newOpenProcess(fd, number))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -103,6 +105,123 @@ func TestTableSameNumber(t *testing.T) {
 	}
 	table.mu.Unlock()
 	table.depart(&d)
+}
+
+// enterMany calls use for n pidfds of a process, each of another one to the table,
+// and returns them.
+func enterMany(t *testing.T, pid, n int, use func(openProcess)) []int {
+	t.Helper()
+	fds := make([]int, n)
+	for i := range fds {
+		fds[i] = open(t, pid)
+		use(openProcess{fd: fds[i], pid: i + 1, id: 1<<40 + uint64(i)})
+	}
+	return fds
+}
+
+// isOpen tells whether a descriptor is.
+func isOpen(fd int) bool {
+	_, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+	return err == nil
+}
+
+// TestInBatches: everything is done once, and done when inBatches returns.
+func TestInBatches(t *testing.T) {
+	for _, steps := range []int32{0, 1, 2, 30} {
+		var begun, running, ended atomic.Int32
+		inBatches(func() bool {
+			n := begun.Add(1)
+			if n > steps {
+				return false
+			}
+			running.Add(1)
+			time.Sleep(time.Duration(n%3) * time.Millisecond)
+			ended.Add(1)
+			running.Add(-1)
+			return true
+		})
+		if running.Load() != 0 || ended.Load() != steps {
+			t.Errorf("%d of %d steps were done, %d go on", ended.Load(), steps, running.Load())
+		}
+	}
+}
+
+// TestTableClosesMany: of the watches of many processes, which several
+// goroutines end together, neither descriptors nor a Set are left when close
+// returns.
+func TestTableClosesMany(t *testing.T) {
+	testenv.NoLeaks(t)
+	child, _ := sleepingChild(t)
+	for range testenv.SoakN(10) {
+		table := newProcessTable()
+		feed := &processFeed{table: table, wake: make(chan struct{}, 1)}
+		fds := enterMany(t, child.Process.Pid, 5*batch/2, func(o openProcess) {
+			w, h := newWatch(feed, nil), &Process{feed: feed}
+			err := feed.enter(PID(o.pid), o, func(p *process, d *departures) {
+				if o.pid%4 > 0 {
+					feed.add(w, p, d)
+					return
+				}
+				h.process = p
+				p.handles++
+				feed.handles.add(h)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		})
+		if table.n != len(fds) {
+			t.Fatalf("%d entries; want %d", table.n, len(fds))
+		}
+		done := table.loopDone
+		feed.close()
+		if i := slices.IndexFunc(fds, isOpen); i >= 0 {
+			t.Fatalf("descriptor %d is open", fds[i])
+		}
+		select {
+		case <-done:
+		default:
+			t.Fatal("the goroutine is there")
+		}
+		if table.set != nil || table.n != 0 || feed.watches.first != nil || len(feed.handles) != 0 {
+			t.Fatalf("%d entries and %d handles are left", table.n, len(feed.handles))
+		}
+	}
+}
+
+// TestTableCancelsMany: the same for streams with one context. What a stream held
+// is gone when its channel is closed, whichever goroutine does that.
+func TestTableCancelsMany(t *testing.T) {
+	testenv.NoLeaks(t)
+	child, _ := sleepingChild(t)
+	for i := range testenv.SoakN(10) {
+		n := batch - 1 // one goroutine ends them, and this one can look on
+		if i%2 == 0 {
+			n = 5 * batch / 2
+		}
+		table := newProcessTable()
+		ctx, cancel := context.WithCancel(t.Context())
+		var streams []*processStream
+		fds := enterMany(t, child.Process.Pid, n, func(o openProcess) {
+			s := newProcessStream(nil)
+			if err := table.addStream(ctx, s, PID(o.pid), o); err != nil {
+				t.Fatal(err)
+			}
+			streams = append(streams, s)
+		})
+		cancel()
+		for i, s := range streams {
+			if e, ok := <-s.C; ok {
+				t.Fatalf("an event: %v", e)
+			}
+			if isOpen(fds[i]) {
+				t.Fatalf("descriptor %d of a stream that is closed is open", fds[i])
+			}
+			if s.Err() != context.Canceled || !s.end.left() {
+				t.Fatalf("Err is %v", s.Err())
+			}
+		}
+	}
 }
 
 // TestTableFails: an error of the Set ends every stream with it, and leaves

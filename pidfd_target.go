@@ -32,7 +32,7 @@ type Target interface {
 type openProcess struct {
 	fd  int    // the caller's to close
 	pid int    // in the process ID namespace of this program; 0: it has none there, or it was reaped
-	id  uint64 // of ProcessID; 0: not asked for yet, or not to be known
+	id  uint64 // of ProcessID; 0: not to be known
 }
 
 // PID is the process that has the number pid at the time of the call, in the
@@ -207,9 +207,6 @@ func (t savedTarget) open() (openProcess, error) {
 	if err != nil {
 		return openProcess{}, err
 	}
-	if p.id == 0 {
-		p.id = processIdentity(p.fd, p.pid)
-	}
 	if p.id != t.ID {
 		unix.Close(p.fd)
 		return openProcess{}, processError("open", t.String(), fmt.Errorf("%w: another process has its number", os.ErrProcessDone))
@@ -217,14 +214,12 @@ func (t savedTarget) open() (openProcess, error) {
 	return p, nil
 }
 
-// newOpenProcess completes what is known of a process. Where its ID is not the
-// pidfd's inode number, it cannot be had any more once the process was reaped.
+// newOpenProcess completes what is known of a process. Its ID is taken at once:
+// where it is not the pidfd's inode number, it cannot be had any more once the
+// process was reaped, and where it is, the inode is in the processor's cache only
+// now, and not when the process exits.
 func newOpenProcess(fd, pid int) openProcess {
-	p := openProcess{fd: fd, pid: pid}
-	if !pidfd.HasID() {
-		p.id = processIdentity(fd, pid)
-	}
-	return p
+	return openProcess{fd: fd, pid: pid, id: processIdentity(fd, pid)}
 }
 
 // duplicate returns another descriptor for the description of fd.

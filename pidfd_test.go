@@ -580,6 +580,25 @@ func TestParityP9CloseWaits(t *testing.T) {
 	}
 }
 
+// TestParityP9CloseAtOnce: Close waits for what goes on after the last event, too:
+// who was the first to learn of it may close at once, and nothing is left.
+func TestParityP9CloseAtOnce(t *testing.T) {
+	testenv.NoLeaks(t)
+	for range testenv.SoakN(50) {
+		v := newVictim(t, "exit 0")
+		before := countDescriptors(t)
+		w := newProcessWatcher(t)
+		watch(t, w, kernstream.PID(v.pid()), nil)
+		v.end() // closes a descriptor
+		next(t, w.C)
+		w.Close()
+		if after := countDescriptors(t); after != before-1 {
+			t.Fatalf("%d descriptors after Close; want %d as before", after, before-1)
+		}
+		v.reap()
+	}
+}
+
 func second[T any](_ T, err error) error { return err }
 
 // TestProcessCancel: a cancel ends all streams of a context, with its cause, and

@@ -54,7 +54,7 @@ func (w *ProcessWatcher) Open(target Target) (*Process, error) {
 		return nil, err
 	}
 	h := &Process{name: target.String(), feed: w.feed}
-	err = w.feed.enter(h.name, opened, func(p *process, _ *departures) {
+	err = w.feed.enter(target, opened, func(p *process, _ *departures) {
 		h.process = p
 		p.handles++
 		w.feed.handles.add(h)
@@ -73,12 +73,12 @@ func (w *ProcessWatcher) Watch(target Target, options *ProcessOptions) (*Watch, 
 	if err != nil {
 		return nil, err
 	}
-	return w.watchOpened(target.String(), opened, options)
+	return w.watchOpened(target, opened, options)
 }
 
-func (w *ProcessWatcher) watchOpened(name string, opened openProcess, options *ProcessOptions) (*Watch, error) {
+func (w *ProcessWatcher) watchOpened(target Target, opened openProcess, options *ProcessOptions) (*Watch, error) {
 	watch := newWatch(w.feed, options)
-	err := w.feed.enter(name, opened, func(p *process, d *departures) { w.feed.add(watch, p, d) })
+	err := w.feed.enter(target, opened, func(p *process, d *departures) { w.feed.add(watch, p, d) })
 	if err != nil {
 		return nil, err
 	}
@@ -103,7 +103,7 @@ func (w *ProcessWatcher) Start(cmd *exec.Cmd, options *ProcessOptions) (*Watch, 
 	if err != nil {
 		return nil, err
 	}
-	return w.watchOpened(target.String(), opened, options)
+	return w.watchOpened(target, opened, options)
 }
 
 // A commandTarget is a process that is started by being opened.
