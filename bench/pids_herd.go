@@ -103,7 +103,7 @@ func (h *herd) do(name string, n int) (answer string, after func(), err error) {
 	case "child":
 		answer, err = h.fork(unix.CLONE_PARENT)
 	case "exit":
-		signal.Reset(unix.SIGCHLD)
+		leaveZombies()
 		after = h.members[n].end
 	case "vanish":
 		signal.Ignore(unix.SIGCHLD)
@@ -116,6 +116,14 @@ func (h *herd) do(name string, n int) (answer string, after func(), err error) {
 		err = fmt.Errorf("unknown command %q", name)
 	}
 	return answer, after, err
+}
+
+// leaveZombies lets children that end stay zombies, after signal.Ignore.
+func leaveZombies() {
+	// signal.Reset leaves SIG_IGN in place; to begin to notify does not.
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, unix.SIGCHLD)
+	signal.Stop(c)
 }
 
 // many forks processes that share what they sleep on, which saves descriptors.
