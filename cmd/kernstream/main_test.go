@@ -74,6 +74,25 @@ func wait(t *testing.T, cmd *exec.Cmd) int {
 	}
 }
 
+// atWork waits until a command has begun to wait for events, long after it began
+// to care for signals.
+func atWork(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd", cmd.Process.Pid)
+	for begin := time.Now(); time.Since(begin) < patience; time.Sleep(time.Millisecond) {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, entry := range entries {
+			if link, _ := os.Readlink(filepath.Join(dir, entry.Name())); link == "anon_inode:[eventpoll]" {
+				return
+			}
+		}
+	}
+	t.Fatalf("%q does not wait for events", cmd.Args)
+}
+
 // A live run of the command.
 type live struct {
 	t      *testing.T
@@ -462,7 +481,8 @@ func TestNobodyReads(t *testing.T) {
 		}
 		w.Close()
 		if test.signal != 0 {
-			time.Sleep(300 * time.Millisecond)
+			atWork(t, cmd)
+			time.Sleep(100 * time.Millisecond) // it comes to the pipe
 			cmd.Process.Signal(test.signal)
 		}
 		if status := wait(t, cmd); status != test.status {

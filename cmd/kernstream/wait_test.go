@@ -217,8 +217,10 @@ func TestWaitStatus(t *testing.T) {
 			}
 		})
 	}
-	l := start(t, "wait", fmt.Sprint(pid))
-	time.Sleep(50 * time.Millisecond)
+	first, end, _ := sleeper(t, "exit 0")
+	l := start(t, "wait", fmt.Sprint(first), fmt.Sprint(pid))
+	end()
+	l.line() // it is at work
 	l.cmd.Process.Signal(syscall.SIGINT)
 	if status := l.end(); status != 0 {
 		t.Errorf("status %d after an interrupt; want 0", status)
