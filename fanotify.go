@@ -5,11 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -184,6 +186,13 @@ func (w *FileWatcher) Unmark(marks ...Mark) error { return w.watch.remove(marks)
 // Flush takes all marks of one type away, ignore marks included.
 func (w *FileWatcher) Flush(t MarkType) error { return w.watch.flush(t) }
 
+// Drain takes all marks away, and lets the stream come to its end once all that
+// the kernel had queued by then has been delivered: Err is then nil. Nothing of
+// what happened before the call is lost, as it may be by Close. It does not wait
+// for that, and may be called again. If the stream has ended already, the error Is
+// os.ErrClosed.
+func (w *FileWatcher) Drain() error { return w.watch.startDrain() }
+
 // Control calls use with the descriptor of each fanotify group of the watcher,
 // for what this package does not do. Marks that use sets are not resolved unless
 // the watcher has one on the same file system. use must not read, nor close the
@@ -198,6 +207,9 @@ type fileWatch struct {
 	failed  chan error // what ended a reader
 	first   FileVia    // the kind of group that marks go to, if that can be
 	readers sync.WaitGroup
+	cut     atomic.Bool        // a reader ended with events that it has not sent
+	drain   context.Context    // done when the readers are to end with the queue
+	empty   context.CancelFunc // ends drain
 
 	blocking bool // an adopted group was, when it came
 
@@ -227,6 +239,7 @@ func newFileWatch(options *FileOptions, marks []Mark) (_ *fileWatch, err error) 
 	if options != nil {
 		w.options = *options
 	}
+	w.drain, w.empty = context.WithCancel(context.Background())
 	if err := w.options.check(); err != nil {
 		return nil, fileError("fanotify_init", "", err)
 	}
@@ -308,15 +321,21 @@ func (w *fileWatch) run(ctx context.Context, c chan<- *FileEvent) error {
 	case <-ctx.Done():
 		err = ctx.Err()
 	case err = <-w.failed:
+	case <-w.drain.Done():
 	}
 	w.mu.Lock()
 	w.closed = true // no reader starts from now on
 	w.mu.Unlock()
-	stop()
+	if w.drain.Err() == nil {
+		stop()
+	}
 	w.readers.Wait()
 	select {
 	case err = <-w.failed: // before, or because of nothing but itself
 	default:
+		if w.drain.Err() != nil && !w.cut.Load() {
+			err = io.EOF
+		}
 	}
 	w.close()
 	return err
@@ -328,10 +347,13 @@ func (w *fileWatch) start(g *fileGroup) {
 		return
 	}
 	ctx, c := w.ctx, w.c
-	r := &fileReader{group: g, paths: newPathCache(w.systems), send: func(e *FileEvent) bool { return offer(ctx, c, e) }}
+	r := &fileReader{group: g, drain: w.drain, paths: newPathCache(w.systems), send: func(e *FileEvent) bool { return offer(ctx, c, e) }}
 	w.readers.Go(func() {
-		if err := r.run(ctx); isOpError(err) {
+		switch err := r.run(ctx); {
+		case isOpError(err):
 			w.failed <- err
+		case err != io.EOF:
+			w.cut.Store(true)
 		}
 	})
 }
@@ -578,6 +600,19 @@ func (w *fileWatch) flush(t MarkType) error {
 			w.forget(id, ^FileOp(0))
 		}
 	}
+	return nil
+}
+
+func (w *fileWatch) startDrain() error {
+	if w.drain.Err() != nil {
+		return nil
+	}
+	for _, t := range []MarkType{MarkInode, MarkMount, MarkFilesystem} {
+		if err := w.flush(t); err != nil {
+			return err
+		}
+	}
+	w.empty()
 	return nil
 }
 

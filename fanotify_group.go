@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"time"
@@ -176,14 +177,17 @@ func (o *FileOptions) explain(err error, via FileVia) error {
 type fileReader struct {
 	group *fileGroup
 	paths *pathCache
+	drain context.Context // done: read what there is, and end
 	send  func(*FileEvent) bool
 	when  time.Time // of the batch
 }
 
-// run reads until ctx is done, or the group cannot be read any more.
+// run reads until ctx is done, or the group cannot be read any more. When the queue
+// is to be drained and is empty, it returns io.EOF.
 func (r *fileReader) run(ctx context.Context) error {
-	release := r.group.file.CancelOn(ctx)
-	defer release()
+	for _, end := range []context.Context{ctx, r.drain} {
+		defer r.group.file.CancelOn(end)()
+	}
 	defer r.paths.close()
 	for {
 		n, err := r.read()
@@ -194,6 +198,8 @@ func (r *fileReader) run(ctx context.Context) error {
 			err = ctx.Err()
 		case err == nil:
 			err = r.deliver(r.group.buf[:n])
+		case err == os.ErrDeadlineExceeded && r.drain.Err() != nil:
+			err = io.EOF
 		default:
 			err = r.lost(err)
 		}
