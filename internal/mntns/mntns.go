@@ -1,5 +1,5 @@
 // Package mntns runs a function in another mount namespace, within this
-// process.
+// process: one that is there, or a new one.
 //
 // Go moves goroutines between threads, and a mount namespace belongs to a
 // thread. The function therefore runs on a thread that is locked for it, gets
@@ -27,13 +27,39 @@ import (
 // CAP_SYS_ADMIN and CAP_SYS_CHROOT in its own (setns(2)), and costs a thread
 // each time.
 func Do(ns int, use func(proc int) error) error {
+	return run(use, func() error {
+		// setns refuses a thread that shares its root and working directory.
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return os.NewSyscallError("unshare", err)
+		}
+		return os.NewSyscallError("setns", unix.Setns(ns, unix.CLONE_NEWNS))
+	})
+}
+
+// Private calls use on a thread in a new mount namespace, a copy of the caller's
+// to which no mount propagates, and from which none does. Root and working
+// directory stay what they were. proc is as for [Do]. What use starts is in the
+// namespace, which ends with the last process in it.
+//
+// It needs CAP_SYS_ADMIN, and costs a thread each time.
+func Private(use func(proc int) error) error {
+	return run(use, func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return os.NewSyscallError("unshare", err)
+		}
+		return os.NewSyscallError("mount", unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	})
+}
+
+// run calls use on a thread of its own, after enter.
+func run(use func(proc int) error, enter func() error) error {
 	result := make(chan error, 1)
 	go onOwnThread(func() {
 		// Sent even if use ends the goroutine, as FailNow of package testing
 		// does.
 		err := errors.New("mntns: the function did not return")
 		defer func() { result <- err }()
-		err = enter(ns, use)
+		err = within(use, enter)
 	})
 	return <-result
 }
@@ -56,18 +82,14 @@ func onOwnThread(f func()) {
 	<-done
 }
 
-func enter(ns int, use func(proc int) error) error {
+func within(use func(proc int) error, enter func() error) error {
 	proc, err := unix.Open("/proc/thread-self", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return os.NewSyscallError("open", err)
 	}
 	defer unix.Close(proc)
-	// setns refuses a thread that shares its root and working directory.
-	if err := unix.Unshare(unix.CLONE_FS); err != nil {
-		return os.NewSyscallError("unshare", err)
-	}
-	if err := unix.Setns(ns, unix.CLONE_NEWNS); err != nil {
-		return os.NewSyscallError("setns", err)
+	if err := enter(); err != nil {
+		return err
 	}
 	return use(proc)
 }

@@ -1,0 +1,75 @@
+package recorder_test
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/kernstream/kernstream/internal/testenv"
+	"github.com/kernstream/kernstream/recorder"
+)
+
+// TestCommandEveryFile: 50,000 files that a command opens at full speed, with the
+// limits that there are: all of them, in order, on each kind of file system.
+func TestCommandEveryFile(t *testing.T) {
+	const files = 50_000
+	for name, makeDir := range map[string]func(testing.TB) string{
+		"tmpfs": tmpfs, "ext4": disk, "overlay": func(t testing.TB) string { return overlay(t) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			needRecorder(t)
+			dir := makeDir(t)
+			makeFiles(t, dir, files)
+			cmd := testenv.Child(t, opener, fmt.Sprint(dir, " ", files))
+			cmd.Path = testBinary(t) // and not by way of /proc, where it is of another namespace
+			r := record(t, recorder.Command(cmd), nil)
+			accesses, list := finish(t, r)
+			do(t, cmd.Wait())
+			do(t, r.Err())
+			wantComplete(t, list)
+			got := paths(list, dir)
+			want := make([]string, files)
+			for i := range want {
+				want[i] = numbered("", i)[1:]
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("recorded %d files of %d, or in another order", len(got), files)
+			}
+			if len(accesses) != len(list.Entries) {
+				t.Errorf("%d accesses were received, and %d are in the list", len(accesses), len(list.Entries))
+			}
+			if list.Entries[0].Path != testBinary(t) {
+				t.Errorf("the first file is %s; want the program", list.Entries[0].Path)
+			}
+		})
+	}
+}
+
+// testBinary is the program that children are.
+func testBinary(t testing.TB) string {
+	t.Helper()
+	path, err := filepath.EvalSymlinks("/proc/self/exe")
+	do(t, err)
+	return path
+}
+
+// TestContainer: a container with an overlay as its root, in namespaces of its own, is recorded
+// from outside by its process: its paths, in order, and nothing from the host.
+func TestContainer(t *testing.T) {
+	needRecorder(t)
+	dir := overlay(t, "etc/conf", "usr/lib/a.so", "usr/bin/prog", "data/x")
+	c := newContainer(t, dir)
+	r := record(t, recorder.Container(c.cmd.Process.Pid), nil)
+	do(t, touchFile(filepath.Join(dir, "data/x"))) // of the host
+	newHelper(t, opener, filepath.Join(dir, "data/x")).start().end()
+	c.open("/usr/bin/prog", "/etc/conf", "/usr/lib/a.so", "/etc/conf")
+	c.end()
+	_, list := finish(t, r)
+	do(t, r.Err())
+	wantComplete(t, list)
+	wantPaths(t, list, "", "usr/bin/prog", "etc/conf", "usr/lib/a.so")
+	if n := list.Entries[1].Count; n != 2 {
+		t.Errorf("the second file was accessed %d times; want 2", n)
+	}
+}

@@ -1,0 +1,273 @@
+package recorder
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/internal/procfs"
+)
+
+// A Target is what is recorded: a [Container], a [Directory] or a [Command].
+type Target interface {
+	// String names the target in errors.
+	String() string
+
+	// open finds out what to mark. ctx is that of the recording.
+	open(ctx context.Context, o *Options) (*place, error)
+}
+
+// A place is where a target's files are.
+type place struct {
+	base  string // its root directory, as events name it
+	marks []kernstream.Mark
+	files []*os.File // of the marks
+
+	// namespace keeps the mounts of a target connected until the last event has been
+	// read, which may be after the end of the target: the kernel shows a path below
+	// a mount that is nowhere as if that were the root. -1: it is the caller's own.
+	namespace int
+
+	start   func() error    // starts the command; nil: nothing is to be started
+	abandon func()          // if that is not to be; may be nil
+	ended   <-chan struct{} // closed at the end of the target; nil: it has none
+	early   string          // why a list is incomplete that ends before the target; empty: it is not
+	waiting sync.WaitGroup  // for who closes ended
+}
+
+// release closes what was open for the marks, which do not need it any more.
+func (p *place) release() {
+	for _, f := range p.files {
+		f.Close()
+	}
+	p.files = nil
+}
+
+// close lets go of everything. The context of the recording is done.
+func (p *place) close() {
+	p.release()
+	if p.abandon != nil {
+		p.abandon()
+	}
+	p.waiting.Wait()
+	if p.namespace >= 0 {
+		unix.Close(p.namespace)
+	}
+}
+
+// ownPID is whose accesses are not recorded.
+var ownPID = os.Getpid()
+
+// Container is the container that the process pid is in: what is below its root
+// directory, through the mounts of its mount namespace. It ends with the process. Whoever
+// shares these mounts is recorded, too.
+func Container(pid int) Target { return containerTarget(pid) }
+
+type containerTarget int
+
+func (t containerTarget) String() string { return "process " + strconv.Itoa(int(t)) }
+
+func (t containerTarget) open(ctx context.Context, o *Options) (_ *place, err error) {
+	p := &place{namespace: -1}
+	defer func() {
+		if err != nil {
+			p.close()
+		}
+	}()
+	// Pinned first: what is opened by its number afterwards is of this process, if
+	// it is still there when all is open.
+	end, err := kernstream.WatchProcess(ctx, kernstream.PID(int(t)), nil)
+	if err != nil {
+		return nil, err
+	}
+	dir := fmt.Sprintf("/proc/%d", int(t))
+	proc, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, t.gone(end, "open", dir, err)
+	}
+	defer unix.Close(proc)
+	if p.namespace, err = unix.Openat(proc, "ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+		return nil, t.gone(end, "open", dir+"/ns/mnt", err)
+	}
+	root, err := unix.Openat(proc, "root", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, t.gone(end, "open", dir+"/root", err)
+	}
+	if err := p.fill(root, proc, o.OneMount, func(point string) (string, bool) { return point, true }); err != nil {
+		end.Close()
+		return nil, err
+	}
+	select {
+	case <-end.C:
+		return nil, t.gone(end, "open", dir, unix.ESRCH)
+	default:
+	}
+	p.ended = p.after(end)
+	return p, nil
+}
+
+// gone is the error of a process that cannot be looked at: it may have ended.
+func (t containerTarget) gone(end *kernstream.Stream[*kernstream.ProcessEvent], op, object string, err error) error {
+	end.Close()
+	call := os.NewSyscallError(op, err)
+	switch err {
+	case unix.ENOENT, unix.ESRCH:
+		call = fmt.Errorf("%w: %w", call, os.ErrProcessDone)
+	case unix.EACCES, unix.EPERM:
+		call = fmt.Errorf("%w: it needs CAP_SYS_PTRACE, or to be the same user", call)
+	}
+	return recordError(op, object, call)
+}
+
+// after returns a channel that is closed when a stream of one process has told its end.
+func (p *place) after(end *kernstream.Stream[*kernstream.ProcessEvent]) <-chan struct{} {
+	ended := make(chan struct{})
+	p.waiting.Go(func() {
+		defer end.Close()
+		if _, exited := <-end.C; exited {
+			close(ended)
+		}
+	})
+	return ended
+}
+
+// Directory is a directory of the caller, with all that is below: what is reached
+// through the mount that it is on, and those below it. It has no end of its own.
+func Directory(path string) Target { return directoryTarget(path) }
+
+type directoryTarget string
+
+func (t directoryTarget) String() string { return string(t) }
+
+func (t directoryTarget) open(_ context.Context, o *Options) (_ *place, err error) {
+	root, err := unix.Open(string(t), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, recordError("open", string(t), os.NewSyscallError("open", err))
+	}
+	return openDirectory(root, o)
+}
+
+// openDirectory is the place of a directory that is open.
+func openDirectory(root int, o *Options) (_ *place, err error) {
+	p := &place{namespace: -1}
+	proc, err := unix.Open("/proc/thread-self", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		unix.Close(root)
+		return nil, recordError("open", "/proc/thread-self", os.NewSyscallError("open", err))
+	}
+	defer unix.Close(proc)
+	base, err := pathOf(root)
+	if err != nil {
+		unix.Close(root)
+		return nil, err
+	}
+	if err := p.fill(root, proc, o.OneMount, func(point string) (string, bool) { return within(base, point) }); err != nil {
+		p.release()
+		return nil, err
+	}
+	return p, nil
+}
+
+// fill marks the mounts that are to be seen from the open directory root, which it takes
+// over: that root is on, and, unless there is to be one only, those that
+// the mount table of the thread or process proc has. below turns a mount point of that table
+// into a path below root.
+func (p *place) fill(root, proc int, one bool, below func(point string) (string, bool)) error {
+	dir := os.NewFile(uintptr(root), "root")
+	p.files = append(p.files, dir)
+	p.marks = append(p.marks, kernstream.Mark{Type: kernstream.MarkMount, Dir: dir})
+	base, err := pathOf(root)
+	if err != nil || one {
+		p.base = base
+		return err
+	}
+	p.base = base
+	rows, err := mountsOf(proc)
+	if err != nil {
+		return err
+	}
+	for _, row := range rows {
+		point, seen := below(row.MountPoint)
+		if !seen || point == "/" || pseudo[row.FSType] {
+			continue
+		}
+		// Not through a symbolic link that was put there since, and not out of
+		// the root.
+		fd, err := unix.Openat2(root, point, &unix.OpenHow{
+			Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_NOFOLLOW,
+			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
+		})
+		if err != nil {
+			continue // it is covered, or gone
+		}
+		file := os.NewFile(uintptr(fd), point)
+		var st unix.Statx_t
+		if unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &st) != nil || st.Mnt_id != uint64(row.ID) {
+			file.Close() // covered by another one, which has a row, too
+			continue
+		}
+		p.files = append(p.files, file)
+		p.marks = append(p.marks, kernstream.Mark{Type: kernstream.MarkMount, Dir: file})
+	}
+	return nil
+}
+
+// mountsOf returns the mount table of the thread or process that the directory
+// proc is of.
+func mountsOf(proc int) (rows []procfs.MountInfo, err error) {
+	fd, err := unix.Openat(proc, "mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, recordError("open", "mountinfo", os.NewSyscallError("open", err))
+	}
+	defer unix.Close(fd)
+	var parser procfs.MountInfoParser
+	err = procfs.ReadRows(fd, nil, func(row []byte) error {
+		if m, err := parser.Parse(string(row)); err == nil {
+			rows = append(rows, m)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, recordError("read", "mountinfo", err)
+	}
+	return rows, nil
+}
+
+// pseudo are the file systems whose files the kernel makes up.
+var pseudo = map[string]bool{
+	"autofs": true, "binfmt_misc": true, "bpf": true, "cgroup": true, "cgroup2": true, "configfs": true, "debugfs": true,
+	"devpts": true, "efivarfs": true, "fusectl": true, "mqueue": true, "nsfs": true, "proc": true, "pstore": true,
+	"rpc_pipefs": true, "securityfs": true, "selinuxfs": true, "smackfs": true, "sysfs": true, "tracefs": true,
+}
+
+// pathOf returns the path that the kernel shows for an open file, as for those of
+// events.
+func pathOf(fd int) (string, error) {
+	path, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+	if err != nil {
+		return "", recordError("readlink", "/proc/self/fd", fmt.Errorf("%w: is /proc mounted?", err))
+	}
+	return path, nil
+}
+
+// within returns path as it is below the directory base, and whether it is below at
+// all.
+func within(base, path string) (string, bool) {
+	if base == "/" {
+		return path, true
+	}
+	rest, ok := strings.CutPrefix(path, base)
+	switch {
+	case !ok || rest != "" && rest[0] != '/':
+		return "", false
+	case rest == "":
+		return "/", true
+	}
+	return rest, true
+}
