@@ -73,3 +73,34 @@ func TestContainer(t *testing.T) {
 		t.Errorf("the second file was accessed %d times; want 2", n)
 	}
 }
+
+// TestTree: of those who access a directory, only a process and its descendants are
+// recorded: also one that was there before, one whose parent has ended, and one that lives
+// for an instant.
+func TestTree(t *testing.T) {
+	needRecorder(t)
+	dir := tmpfs(t)
+	for _, name := range []string{"root", "child", "orphan", "other", "self"} {
+		writeFile(t, filepath.Join(dir, name))
+	}
+	makeFiles(t, filepath.Join(dir, "many"), 30)
+	h := newHelper(t, family, testBinary(t)).start()
+	h.done()
+	r := record(t, recorder.Directory(dir), &recorder.Options{Tree: h.cmd.Process.Pid})
+	other := newHelper(t, opener, "stdin").start()
+	other.open(dir + "/other")
+	do(t, touchFile(dir+"/self"))
+	h.open("open "+dir+"/root", "child "+dir+"/child", "orphan "+dir+"/orphan")
+	for i := range 30 {
+		h.open("child " + numbered(dir+"/many", i))
+	}
+	other.open(dir + "/other")
+	r.Close()
+	_, list := finish(t, r)
+	wantComplete(t, list)
+	want := []string{"root", "child", "orphan"}
+	for i := range 30 {
+		want = append(want, numbered("many", i))
+	}
+	wantPaths(t, list, "", want...)
+}

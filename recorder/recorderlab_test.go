@@ -34,12 +34,14 @@ const patience = 60 * time.Second
 // The programs that the test binary can be.
 const (
 	opener    = "opener"    // opens files
+	family    = "family"    // has children that open files
 	container = "container" // lives in namespaces and a root of its own, and opens files there
 )
 
 func init() {
 	testenv.RegisterChild(opener, openerMain)
 	testenv.RegisterChild(container, containerMain)
+	testenv.RegisterChild(family, familyMain)
 }
 
 // openerMain opens the files that the arguments say: a path, "DIR N" for
@@ -366,4 +368,55 @@ func cancelled(cause error) context.Context {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	cancel(cause)
 	return ctx
+}
+
+// familyMain has a child from the beginning, and obeys the lines of its standard input: "open PATH"
+// itself, "child PATH" by another child, "orphan PATH" by the child of the first, which
+// has ended. args[0] is the program.
+func familyMain(args []string) int {
+	spawn := func(words ...string) *exec.Cmd {
+		cmd := exec.Command(args[0], words...)
+		cmd.Env = append(os.Environ(), "KERNSTREAM_TEST_CHILD="+opener, "GORACE=atexit_sleep_ms=0")
+		cmd.Stderr = os.Stderr
+		return cmd
+	}
+	first := exec.Command("sh", "-c", `"$0" stdin <&3 >&4 & wait`, args[0])
+	first.Env = spawn().Env
+	theirs, in, err := os.Pipe()
+	if err != nil {
+		return 1
+	}
+	out, theirOut, err := os.Pipe()
+	if err != nil {
+		return 1
+	}
+	first.ExtraFiles = []*os.File{theirs, theirOut}
+	if err := first.Start(); err != nil {
+		fmt.Fprintln(os.Stderr, "family:", err)
+		return 1
+	}
+	answers := bufio.NewReader(out)
+	fmt.Fprintln(in, "/")
+	answers.ReadString('\n') // the grandchild is there
+	fmt.Println("done")
+	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); fmt.Println("done") {
+		what, path, _ := strings.Cut(lines.Text(), " ")
+		switch what {
+		case "open":
+			err = touchFile(path)
+		case "child":
+			err = spawn(path).Run()
+		case "orphan":
+			first.Process.Kill()
+			first.Wait()
+			fmt.Fprintln(in, path)
+			_, err = answers.ReadString('\n')
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "family:", err)
+			return 1
+		}
+	}
+	in.Close()
+	return 0
 }

@@ -9,6 +9,7 @@ import (
 // it (see proc_pid_stat(5)).
 type Stat struct {
 	State     byte   // 'R', 'S', 'Z' and so on
+	PPID      int    // the parent; 0: it has none, or none that this reader may see
 	StartTime uint64 // in clock ticks since the boot
 	ExitCode  uint32 // the status of a zombie as wait(2) gives it, 0 if the reader may not know
 
@@ -22,6 +23,7 @@ type Stat struct {
 // command is the state.
 const (
 	statState     = 3
+	statPPID      = 4
 	statStartTime = 22
 	statWchan     = 35
 	statExitCode  = 52
@@ -49,6 +51,10 @@ func ParseStat(text []byte) (s Stat, ok bool) {
 		case statState:
 			if ok = len(field) == 1; ok {
 				s.State = field[0]
+			}
+		case statPPID:
+			if ppid, number := parseUint(field, 31); number {
+				s.PPID = int(ppid)
 			}
 		case statStartTime:
 			s.StartTime, ok = parseUint(field, 64)

@@ -34,7 +34,7 @@ func TestParseStat(t *testing.T) {
 			fields map[int]string
 			want   procfs.Stat
 		}{
-			{map[int]string{3: "S", 22: "1181336"}, procfs.Stat{State: 'S', StartTime: 1181336}},
+			{map[int]string{3: "S", 4: "4710", 22: "1181336"}, procfs.Stat{State: 'S', PPID: 4710, StartTime: 1181336}},
 			{map[int]string{3: "Z", 22: "18446744073709551615", 35: "1", 52: "1792"}, procfs.Stat{State: 'Z', StartTime: 1<<64 - 1, ExitCode: 7 << 8, Permitted: true}},
 			{map[int]string{3: "Z", 52: "0"}, procfs.Stat{State: 'Z'}},
 			{map[int]string{3: "S", 35: "1", 52: "9"}, procfs.Stat{State: 'S', ExitCode: 9}}, // a program that sleeps
