@@ -54,8 +54,8 @@ func (t *tally) list() *List {
 
 // reasons returns why the list is not complete, if so.
 func (t *tally) reasons() []string {
-	var reasons []string
-	if t.overflows > 0 {
+	reasons := slices.Clone(t.verdict)
+	if t.overflows > 0 && !t.judged {
 		reasons = append(reasons, fmt.Sprintf("accesses were lost: the kernel's queue was full, %s", times(t.overflows)))
 	}
 	for _, why := range slices.Sorted(maps.Keys(t.nameless)) {

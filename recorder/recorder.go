@@ -101,7 +101,8 @@ func (o *Options) complete(target Target) (Options, error) {
 // ([Options.Descriptors]): what it has not received is kept, for the List anyway.
 type Recording struct {
 	*kernstream.Stream[*Access]
-	session *session
+	name  string // in errors
+	tally *tally
 }
 
 // Record records which files a target accesses, from the time of the call until it
@@ -142,7 +143,7 @@ func Record(ctx context.Context, target Target, options *Options) (*Recording, e
 	if err != nil {
 		return nil, err
 	}
-	r := &Recording{session: s}
+	r := &Recording{name: s.name, tally: s.tally}
 	r.Stream = kernstream.NewStream(ctx, s.produce)
 	return r, nil
 }
@@ -150,14 +151,14 @@ func Record(ctx context.Context, target Target, options *Options) (*Recording, e
 // List returns what was recorded, once C is closed. Before that there is an error.
 // Each call returns a copy.
 func (r *Recording) List() (*List, error) {
-	if list := r.session.tally.list(); list != nil {
+	if list := r.tally.list(); list != nil {
 		return list, nil
 	}
-	return nil, recordError("list", r.session.name, errors.New("the recording has not ended"))
+	return nil, recordError("list", r.name, errors.New("the recording has not ended"))
 }
 
 // Progress returns how far the recording is. It may be called at any time.
-func (r *Recording) Progress() Progress { return r.session.tally.progress() }
+func (r *Recording) Progress() Progress { return r.tally.progress() }
 
 // Progress is how far a recording is.
 type Progress struct {
@@ -175,6 +176,7 @@ type session struct {
 	watcher *kernstream.FileWatcher
 	tree    *tree // nil: everybody
 	stop    context.CancelFunc
+	cut     func(cause error) string // why a list is incomplete that ends before its target; empty: it is not
 }
 
 // newSession begins to record.
@@ -195,6 +197,7 @@ func newSession(o Options, target Target) (_ *session, err error) {
 		return nil, err
 	}
 	defer s.place.release()
+	s.cut = func(error) string { return s.place.early }
 	if s.watcher, err = o.watch(ctx, s.place.marks); err != nil {
 		return nil, err
 	}
@@ -273,8 +276,8 @@ func (s *session) run(ctx context.Context) error {
 		default:
 			err = ctx.Err()
 			s.tally.hurry()
-			if s.place.early != "" {
-				s.tally.fault("%s: %v", s.place.early, context.Cause(ctx))
+			if why := s.cut(context.Cause(ctx)); why != "" {
+				s.tally.fault("%s", why)
 			}
 		}
 	}

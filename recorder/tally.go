@@ -28,14 +28,22 @@ type tally struct {
 	sent      int  // how many files have been passed on
 	hurried   bool // nobody takes files any more
 	finished  bool
-	updated   func(i int) // told of each file that was known already; may be nil
+	judged    bool     // a server has said whether it is complete,
+	verdict   []string // and why it is not
+
+	// For a connection.
+	keepUpdates   bool
+	updated       []int // files that were accessed again since they were sent
+	overflowsSent int
+	overflowAt    int // how many files there were at the last overflow
 }
 
 // A file is an entry of the list, and what comes with its first access.
 type file struct {
 	Entry
-	pid  int
-	open *os.File // until it is passed on
+	pid     int
+	open    *os.File // until it is passed on
+	updated bool     // it is in tally.updated
 }
 
 func newTally(limit int) *tally {
@@ -55,8 +63,9 @@ func (t *tally) add(path string, e *kernstream.FileEvent, keep bool) {
 		f := &t.files[i]
 		f.Ops |= e.Ops
 		f.Count++
-		if t.updated != nil {
-			t.updated(i)
+		if t.keepUpdates && i < t.sent && !f.updated {
+			f.updated = true
+			t.updated = append(t.updated, i)
 		}
 		return
 	}
@@ -88,6 +97,7 @@ func (t *tally) overflow() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.overflows++
+	t.overflowAt = len(t.files)
 	t.moved.Broadcast()
 }
 

@@ -35,7 +35,7 @@ type place struct {
 	namespace int
 
 	start   func() error    // starts the command; nil: nothing is to be started
-	abandon func()          // if that is not to be; may be nil
+	abandon func()          // ends what waits for the target; may be nil
 	ended   <-chan struct{} // closed at the end of the target; nil: it has none
 	early   string          // why a list is incomplete that ends before the target; empty: it is not
 	waiting sync.WaitGroup  // for who closes ended
@@ -64,16 +64,15 @@ func (p *place) close() {
 // ownPID is whose accesses are not recorded.
 var ownPID = os.Getpid()
 
-// Container is the container that the process pid is in: what is below its root
+// A Container is the container that the process with this number is in: what is below its root
 // directory, through the mounts of its mount namespace. It ends with the process. Whoever
 // shares these mounts is recorded, too.
-func Container(pid int) Target { return containerTarget(pid) }
+type Container int
 
-type containerTarget int
+// String names the process.
+func (t Container) String() string { return "process " + strconv.Itoa(int(t)) }
 
-func (t containerTarget) String() string { return "process " + strconv.Itoa(int(t)) }
-
-func (t containerTarget) open(ctx context.Context, o *Options) (_ *place, err error) {
+func (t Container) open(ctx context.Context, o *Options) (_ *place, err error) {
 	p := &place{namespace: -1}
 	defer func() {
 		if err != nil {
@@ -86,26 +85,26 @@ func (t containerTarget) open(ctx context.Context, o *Options) (_ *place, err er
 	if err != nil {
 		return nil, err
 	}
+	p.abandon = func() { end.Close() }
 	dir := fmt.Sprintf("/proc/%d", int(t))
 	proc, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, t.gone(end, "open", dir, err)
+		return nil, t.gone("open", dir, err)
 	}
 	defer unix.Close(proc)
 	if p.namespace, err = unix.Openat(proc, "ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
-		return nil, t.gone(end, "open", dir+"/ns/mnt", err)
+		return nil, t.gone("open", dir+"/ns/mnt", err)
 	}
 	root, err := unix.Openat(proc, "root", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, t.gone(end, "open", dir+"/root", err)
+		return nil, t.gone("open", dir+"/root", err)
 	}
 	if err := p.fill(root, proc, o.OneMount, func(point string) (string, bool) { return point, true }); err != nil {
-		end.Close()
 		return nil, err
 	}
 	select {
 	case <-end.C:
-		return nil, t.gone(end, "open", dir, unix.ESRCH)
+		return nil, t.gone("open", dir, unix.ESRCH)
 	default:
 	}
 	p.ended = p.after(end)
@@ -113,8 +112,7 @@ func (t containerTarget) open(ctx context.Context, o *Options) (_ *place, err er
 }
 
 // gone is the error of a process that cannot be looked at: it may have ended.
-func (t containerTarget) gone(end *kernstream.Stream[*kernstream.ProcessEvent], op, object string, err error) error {
-	end.Close()
+func (t Container) gone(op, object string, err error) error {
 	call := os.NewSyscallError(op, err)
 	switch err {
 	case unix.ENOENT, unix.ESRCH:
@@ -137,15 +135,14 @@ func (p *place) after(end *kernstream.Stream[*kernstream.ProcessEvent]) <-chan s
 	return ended
 }
 
-// Directory is a directory of the caller, with all that is below: what is reached
+// A Directory is the path of a directory of the caller, with all that is below: what is reached
 // through the mount that it is on, and those below it. It has no end of its own.
-func Directory(path string) Target { return directoryTarget(path) }
+type Directory string
 
-type directoryTarget string
+// String returns the path.
+func (t Directory) String() string { return string(t) }
 
-func (t directoryTarget) String() string { return string(t) }
-
-func (t directoryTarget) open(_ context.Context, o *Options) (_ *place, err error) {
+func (t Directory) open(_ context.Context, o *Options) (_ *place, err error) {
 	root, err := unix.Open(string(t), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, recordError("open", string(t), os.NewSyscallError("open", err))
