@@ -3,7 +3,8 @@
 // Events go to the standard output, one line each, as text for people or with
 // -json as JSON; everything else goes to the standard error. The exit status
 // is 0 when it is done or interrupted, 1 after a failure, 2 for wrong usage, 3
-// when the time is up, and 4 when the kernel or a privilege does not allow it.
+// when the time is up, 4 when the kernel or a privilege does not allow it, and 5
+// when a record is incomplete; a command that was recorded passes its own on.
 package main
 
 import (
@@ -27,6 +28,7 @@ const (
 	exitUsage       = 2
 	exitTimeout     = 3
 	exitUnsupported = 4
+	exitIncomplete  = 5
 )
 
 const usage = `kernstream prints Linux kernel events as they happen.
@@ -37,6 +39,7 @@ commands:
   mounts    the mount table, and every change of it
   wait      the ends of processes, of any that are there
   files     what happens to files, directories and file systems
+  record    which files a container, a directory or a command accesses, in order
 
 flags of every command:
   -json         print one JSON object per line
@@ -46,7 +49,7 @@ flags of every command:
 kernstream COMMAND -help shows the flags of one command.
 
 exit status: 0 done or interrupted, 1 failure, 2 usage, 3 timeout,
-4 not supported or not permitted
+4 not supported or not permitted, 5 a record is incomplete
 `
 
 // commands are the commands by name. Each gets its arguments and returns when
@@ -55,6 +58,7 @@ var commands = map[string]func(ctx context.Context, env *environment, args []str
 	"mounts": mounts,
 	"wait":   waitProcesses,
 	"files":  files,
+	"record": record,
 }
 
 // environment is what a command uses of the process.
@@ -62,6 +66,7 @@ type environment struct {
 	stdout io.Writer
 	stderr io.Writer
 	color  bool // stdout is a terminal that shows colours
+	live   bool // stderr is a terminal, where a line can be written again
 
 	// exit ends the process, for a command that cannot end by itself: nobody
 	// reads what it writes.
@@ -79,7 +84,7 @@ var (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	env := &environment{stdout: os.Stdout, stderr: os.Stderr, color: showsColors(os.Stdout), exit: os.Exit}
+	env := &environment{stdout: os.Stdout, stderr: os.Stderr, color: showsColors(os.Stdout), live: showsColors(os.Stderr), exit: os.Exit}
 	os.Exit(run(ctx, env, os.Args[1:]))
 }
 
@@ -100,7 +105,7 @@ func run(ctx context.Context, env *environment, args []string) int {
 	}
 	err := command(ctx, env, args[1:])
 	status := exitStatus(ctx, err)
-	if status != exitDone && status != exitUsage {
+	if _, passedOn := errors.AsType[commandStatus](err); status != exitDone && status != exitUsage && !passedOn {
 		fmt.Fprintln(env.stderr, "kernstream:", err)
 	}
 	return status
@@ -109,6 +114,9 @@ func run(ctx context.Context, env *environment, args []string) int {
 // exitStatus returns the status for err. ctx is done after a signal, which is
 // a way to be done.
 func exitStatus(ctx context.Context, err error) int {
+	if status, ok := errors.AsType[commandStatus](err); ok {
+		return int(status)
+	}
 	switch {
 	case err == nil, errors.Is(err, flag.ErrHelp):
 		return exitDone
@@ -116,6 +124,8 @@ func exitStatus(ctx context.Context, err error) int {
 		return exitUsage
 	case errors.Is(err, errTimeout):
 		return exitTimeout
+	case errors.Is(err, errIncomplete):
+		return exitIncomplete
 	case ctx.Err() != nil && errors.Is(err, context.Cause(ctx)):
 		return exitDone
 	case errors.Is(err, errors.ErrUnsupported), errors.Is(err, fs.ErrPermission):

@@ -38,7 +38,7 @@ func init() {
 	testenv.RegisterChild("kernstream", func(args []string) int {
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 		defer stop()
-		return run(ctx, &environment{stdout: os.Stdout, stderr: os.Stderr, color: showsColors(os.Stdout), exit: os.Exit}, args)
+		return run(ctx, &environment{stdout: os.Stdout, stderr: os.Stderr, color: showsColors(os.Stdout), live: showsColors(os.Stderr), exit: os.Exit}, args)
 	})
 }
 
