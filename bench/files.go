@@ -40,17 +40,22 @@ func newFileTree(b *bench) (*fileTree, error) {
 	if err := mountTree(tree.dir); err != nil {
 		return nil, err
 	}
+	return tree, tree.make()
+}
+
+// make makes the files.
+func (t *fileTree) make() error {
 	for i := range treeDirectories {
-		if err := os.Mkdir(filepath.Join(tree.dir, fmt.Sprint("d", i)), 0o755); err != nil {
-			return nil, err
+		if err := os.Mkdir(filepath.Join(t.dir, fmt.Sprint("d", i)), 0o755); err != nil {
+			return err
 		}
 	}
-	for i := range tree.files {
-		if err := os.WriteFile(tree.path(i), nil, 0o644); err != nil {
-			return nil, err
+	for i := range t.files {
+		if err := os.WriteFile(t.path(i), nil, 0o644); err != nil {
+			return err
 		}
 	}
-	return tree, nil
+	return nil
 }
 
 func mountTree(dir string) error {

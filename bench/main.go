@@ -31,6 +31,7 @@ var groups = []group{
 	{"streams", benchStreams},
 	{"pids", benchPids},
 	{"fuse", benchFUSE},
+	{"record", benchRecord},
 }
 
 // settings are the command line.
@@ -54,6 +55,9 @@ func main() {
 	}
 	if pid := os.Getenv(clientVar); pid != "" {
 		os.Exit(clientMain(pid))
+	}
+	if words := os.Getenv(recordVar); words != "" {
+		os.Exit(recordMain(strings.Split(words, "\n")))
 	}
 	if words := os.Getenv(fuseVar); words != "" {
 		os.Exit(fuseMain(strings.Split(words, "\n")))
