@@ -237,12 +237,13 @@ func (c *client) batch(payload []byte, files []*os.File, sent int) error {
 	case len(files) < sent:
 		return fmt.Errorf("%d descriptors instead of %d", len(files), sent)
 	}
+	defer c.tally.tell()
 	return decodeBatch(payload, c.known, func(r *record) error {
 		if r.attached {
 			if len(files) == 0 {
 				return errors.New("a descriptor is missing")
 			}
-			r.file.open, files = files[0], files[1:]
+			r.file.first.File, files = files[0], files[1:]
 		}
 		if r.fresh {
 			c.known++
@@ -256,33 +257,34 @@ func (t *tally) merge(r *record) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if !r.fresh {
-		if r.number >= len(t.files) {
-			return nil // too many
+		if r.number >= t.files.n {
+			return nil // one of those that were too many
 		}
-		f := &t.files[r.number]
-		t.accesses += r.file.Count - min(r.file.Count, f.Count)
-		f.Ops |= r.file.Ops
-		f.Count = max(f.Count, r.file.Count)
+		f := t.files.at(r.number)
+		t.accesses += r.file.count - min(r.file.count, f.count)
+		f.ops |= r.file.ops
+		f.count = max(f.count, r.file.count)
 		return nil
 	}
-	t.accesses += r.file.Count
-	if _, known := t.index[r.file.Path]; known {
-		r.file.close()
-		return fmt.Errorf("the file %q comes twice", r.file.Path)
+	t.accesses += r.file.count
+	first := &r.file.first
+	if _, known := t.index[first.Path]; known {
+		first.Close()
+		return fmt.Errorf("the file %q comes twice", first.Path)
 	}
-	if len(t.files) == t.limit {
-		r.file.close()
+	if t.files.n == t.limit {
+		first.Close()
 		t.left++
 		return nil
 	}
-	if r.file.open != nil {
-		for len(t.files)-t.sent >= maxPending && !t.hurried {
-			t.moved.Wait()
-		}
+	if first.File != nil {
+		t.waitForRoom()
 		if t.hurried {
-			r.file.close()
+			first.Close()
+			first.File = nil
 		}
 	}
+	first.When = t.began.Add(first.First)
 	t.enter(r.file)
 	return nil
 }

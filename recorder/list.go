@@ -44,9 +44,9 @@ func (t *tally) list() *List {
 	if !t.finished {
 		return nil
 	}
-	l := &List{Entries: make([]Entry, len(t.files)), Reasons: t.reasons()}
-	for i := range t.files {
-		l.Entries[i] = t.files[i].Entry
+	l := &List{Entries: make([]Entry, t.files.n), Reasons: t.reasons()}
+	for i := range l.Entries {
+		l.Entries[i] = t.files.at(i).entry()
 	}
 	l.Complete = len(l.Reasons) == 0
 	return l

@@ -291,10 +291,15 @@ func (s *session) run(ctx context.Context) error {
 	return err
 }
 
-// collect takes the events until there are no more.
+// collect takes the events until there are no more. It tells who waits for files only
+// when no other event is there: to change between goroutines for each would cost more than
+// all else.
 func (s *session) collect() {
 	for e := range s.watcher.C {
 		s.take(e)
+		if len(s.watcher.C) == 0 {
+			s.tally.tell()
+		}
 	}
 }
 

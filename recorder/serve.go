@@ -394,19 +394,19 @@ func (t *tally) take(b *batch) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	*b = batch{payload: b.payload[:0], files: b.files[:0]}
-	for t.sent == len(t.files) && t.overflows == t.overflowsSent && !t.finished {
+	for t.sent == t.files.n && t.overflows == t.overflowsSent && !t.finished {
 		t.moved.Wait()
 	}
-	limit := len(t.files)
+	limit := t.files.n
 	if t.overflows > t.overflowsSent {
 		limit = max(t.sent, t.overflowAt)
 	}
 	for ; t.sent < limit && len(b.payload) < batchBytes && len(b.files) < batchFiles; t.sent++ {
-		f := &t.files[t.sent]
+		f := t.files.at(t.sent)
 		b.payload = appendRecord(b.payload, t.sent, f, true)
-		if f.open != nil {
-			b.files = append(b.files, f.open)
-			f.open = nil
+		if f.first.File != nil {
+			b.files = append(b.files, f.first.File)
+			f.first.File = nil
 		}
 	}
 	if t.sent == limit && t.overflows > t.overflowsSent {
@@ -419,8 +419,9 @@ func (t *tally) take(b *batch) bool {
 			break
 		}
 		t.updated = t.updated[:len(t.updated)-1]
-		t.files[i].updated = false
-		b.payload = appendRecord(b.payload, i, &t.files[i], false)
+		f := t.files.at(i)
+		f.updated = false
+		b.payload = appendRecord(b.payload, i, f, false)
 	}
 	t.moved.Broadcast()
 	return len(b.payload) > 0 || b.overflows > 0

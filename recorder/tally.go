@@ -2,10 +2,9 @@ package recorder
 
 import (
 	"fmt"
-	"os"
-	"strings"
 	"sync"
 	"time"
+	"unsafe"
 
 	"github.com/kernstream/kernstream"
 )
@@ -19,7 +18,7 @@ type tally struct {
 	moved     sync.Cond // something that send or add may wait for has changed
 	began     time.Time
 	index     map[string]int // of files, by path
-	files     []file
+	files     fileTable
 	accesses  uint64
 	overflows int
 	nameless  map[string]int // why files could not be named, and how many
@@ -38,12 +37,56 @@ type tally struct {
 	overflowAt    int // how many files there were at the last overflow
 }
 
-// A file is an entry of the list, and what comes with its first access.
+// A file is an entry of the list. Its first access is passed on, and is not changed after
+// that.
 type file struct {
-	Entry
-	pid     int
-	open    *os.File // until it is passed on
-	updated bool     // it is in tally.updated
+	first   Access
+	ops     kernstream.FileOp
+	count   uint64
+	updated bool // it is in tally.updated
+}
+
+// entry returns the file as the list has it.
+func (f *file) entry() Entry {
+	return Entry{Path: f.first.Path, Ops: f.ops, First: f.first.First, Count: f.count}
+}
+
+// A fileTable holds files in their order. It grows without moving them, and has their paths
+// in a few large pieces, which makes an access a third cheaper.
+type fileTable struct {
+	n      int
+	chunks [][]file
+	paths  []byte // the piece that is being filled
+}
+
+const (
+	tableChunk = 1 << 10 // files
+	pathsChunk = 1 << 16 // bytes
+)
+
+func (t *fileTable) at(i int) *file { return &t.chunks[i/tableChunk][i%tableChunk] }
+
+// add appends a file, whose path is copied.
+func (t *fileTable) add(f file) *file {
+	if t.n%tableChunk == 0 {
+		t.chunks = append(t.chunks, make([]file, 0, tableChunk))
+	}
+	chunk := &t.chunks[t.n/tableChunk]
+	f.first.Path = t.keep(f.first.Path)
+	*chunk = append(*chunk, f)
+	t.n++
+	return &(*chunk)[len(*chunk)-1]
+}
+
+// keep returns a copy of a path.
+func (t *fileTable) keep(path string) string {
+	if cap(t.paths)-len(t.paths) < len(path) {
+		t.paths = make([]byte, 0, max(pathsChunk, len(path)))
+	}
+	from := len(t.paths)
+	t.paths = append(t.paths, path...)
+	// These bytes are never written again, so they may be a string.
+	return unsafe.String(unsafe.SliceData(t.paths[from:]), len(path))
 }
 
 func newTally(limit int) *tally {
@@ -60,44 +103,58 @@ func (t *tally) add(path string, e *kernstream.FileEvent, keep bool) {
 	defer t.mu.Unlock()
 	t.accesses++
 	if i, known := t.index[path]; known {
-		f := &t.files[i]
-		f.Ops |= e.Ops
-		f.Count++
-		if t.keepUpdates && i < t.sent && !f.updated {
-			f.updated = true
-			t.updated = append(t.updated, i)
-		}
+		t.again(i, e.Ops)
 		return
 	}
-	if len(t.files) == t.limit {
+	if t.files.n == t.limit {
 		t.left++
 		return
 	}
-	f := file{Entry: Entry{Path: strings.Clone(path), Ops: e.Ops, First: max(0, e.When.Sub(t.began)), Count: 1}, pid: e.PID}
+	f := file{first: Access{When: e.When, First: max(0, e.When.Sub(t.began)), Path: path, Ops: e.Ops, PID: e.PID}, ops: e.Ops, count: 1}
 	if keep {
-		for len(t.files)-t.sent >= maxPending && !t.hurried {
-			t.moved.Wait()
-		}
+		t.waitForRoom()
 		if !t.hurried {
-			f.open, _ = e.Detach()
+			f.first.File, _ = e.Detach()
 		}
 	}
 	t.enter(f)
 }
 
-// enter appends a file that is not in the list.
-func (t *tally) enter(f file) {
-	t.index[f.Path] = len(t.files)
-	t.files = append(t.files, f)
-	t.moved.Broadcast()
+// again enters another access to a file.
+func (t *tally) again(i int, ops kernstream.FileOp) {
+	f := t.files.at(i)
+	f.ops |= ops
+	f.count++
+	if t.keepUpdates && i < t.sent && !f.updated {
+		f.updated = true
+		t.updated = append(t.updated, i)
+	}
 }
+
+// waitForRoom waits until there are fewer than maxPending files that nobody has taken.
+func (t *tally) waitForRoom() {
+	t.moved.Broadcast()
+	for t.files.n-t.sent >= maxPending && !t.hurried {
+		t.moved.Wait()
+	}
+}
+
+// enter appends a file that is not in the list. Who waits for it is told by
+// tell.
+func (t *tally) enter(f file) {
+	i := t.files.n
+	t.index[t.files.add(f).first.Path] = i
+}
+
+// tell wakes who waits for files.
+func (t *tally) tell() { t.moved.Broadcast() }
 
 // overflow notes that the kernel has lost accesses.
 func (t *tally) overflow() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.overflows++
-	t.overflowAt = len(t.files)
+	t.overflowAt = t.files.n
 	t.moved.Broadcast()
 }
 
@@ -130,8 +187,10 @@ func (t *tally) hurry() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.hurried = true
-	for i := t.sent; i < len(t.files); i++ {
-		t.files[i].close()
+	for i := t.sent; i < t.files.n; i++ {
+		f := t.files.at(i)
+		f.first.Close()
+		f.first.File = nil
 	}
 	t.moved.Broadcast()
 }
@@ -163,29 +222,20 @@ func (t *tally) send(emit func(*Access) bool) {
 func (t *tally) next() *Access {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for t.sent == len(t.files) {
+	for t.sent == t.files.n {
 		if t.finished {
 			return nil
 		}
 		t.moved.Wait()
 	}
-	f := &t.files[t.sent]
-	a := &Access{When: t.began.Add(f.First), First: f.First, Path: f.Path, Ops: f.Ops, PID: f.pid, File: f.open}
-	f.open = nil
+	f := t.files.at(t.sent)
 	t.sent++
 	t.moved.Broadcast()
-	return a
+	return &f.first
 }
 
 func (t *tally) progress() Progress {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return Progress{Files: len(t.files), Accesses: t.accesses, Overflows: t.overflows}
-}
-
-func (f *file) close() {
-	if f.open != nil {
-		f.open.Close()
-		f.open = nil
-	}
+	return Progress{Files: t.files.n, Accesses: t.accesses, Overflows: t.overflows}
 }

@@ -230,23 +230,23 @@ func decodeStarted(b []byte) (time.Time, error) {
 // those which are known, and what changes otherwise.
 func appendRecord(b []byte, number int, f *file, fresh bool) []byte {
 	b = binary.AppendUvarint(b, uint64(number))
-	b = binary.AppendUvarint(b, uint64(f.Ops))
-	b = binary.AppendUvarint(b, f.Count)
+	b = binary.AppendUvarint(b, uint64(f.ops))
+	b = binary.AppendUvarint(b, f.count)
 	if !fresh {
 		return b
 	}
 	attached := uint64(0)
-	if f.open != nil {
+	if f.first.File != nil {
 		attached = 1
 	}
 	b = binary.AppendUvarint(b, attached)
-	b = binary.AppendUvarint(b, uint64(f.First))
-	b = binary.AppendUvarint(b, uint64(f.pid))
-	b = binary.AppendUvarint(b, uint64(len(f.Path)))
-	return append(b, f.Path...)
+	b = binary.AppendUvarint(b, uint64(f.first.First))
+	b = binary.AppendUvarint(b, uint64(f.first.PID))
+	b = binary.AppendUvarint(b, uint64(len(f.first.Path)))
+	return append(b, f.first.Path...)
 }
 
-// A record is one file of a batch. If it was known before, only Ops and Count are
+// A record is one file of a batch. If it was known before, only ops and count are
 // set.
 type record struct {
 	number   int
@@ -260,20 +260,21 @@ type record struct {
 func decodeBatch(b []byte, known int, use func(*record) error) error {
 	for r := (reader{b: b}); len(r.b) > 0; {
 		rec := record{number: int(r.varint(uint64(known)))}
-		rec.file.Ops = kernstream.FileOp(r.varint(math.MaxUint64))
-		rec.file.Count = r.varint(math.MaxUint64)
+		rec.file.ops = kernstream.FileOp(r.varint(math.MaxUint64))
+		rec.file.count = r.varint(math.MaxUint64)
 		if rec.fresh = rec.number == known && r.err == nil; rec.fresh {
 			known++
 			rec.attached = r.varint(1) == 1
-			rec.file.First = time.Duration(r.varint(math.MaxInt64))
-			rec.file.pid = int(r.varint(math.MaxInt32))
-			rec.file.Path = string(r.bytes(int(r.varint(maxPath))))
-			if !validPath(rec.file.Path) {
-				r.fail("%q is no absolute path", rec.file.Path[:min(len(rec.file.Path), 100)])
+			rec.file.first.First = time.Duration(r.varint(math.MaxInt64))
+			rec.file.first.Ops = rec.file.ops
+			rec.file.first.PID = int(r.varint(math.MaxInt32))
+			rec.file.first.Path = string(r.bytes(int(r.varint(maxPath))))
+			if !validPath(rec.file.first.Path) {
+				r.fail("%q is no absolute path", rec.file.first.Path[:min(len(rec.file.first.Path), 100)])
 			}
 		}
-		if rec.file.Ops&^allOps != 0 || rec.file.Count == 0 {
-			r.fail("file %d has operations %v and count %d", rec.number, rec.file.Ops, rec.file.Count)
+		if rec.file.ops&^allOps != 0 || rec.file.count == 0 {
+			r.fail("file %d has operations %v and count %d", rec.number, rec.file.ops, rec.file.count)
 		}
 		if r.err != nil {
 			return r.err
