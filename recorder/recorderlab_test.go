@@ -33,9 +33,10 @@ const patience = 60 * time.Second
 
 // The programs that the test binary can be.
 const (
-	opener    = "opener"    // opens files
-	family    = "family"    // has children that open files
-	container = "container" // lives in namespaces and a root of its own, and opens files there
+	opener       = "opener"       // opens files
+	family       = "family"       // has children that open files
+	unprivileged = "unprivileged" // tries to record
+	container    = "container"    // lives in namespaces and a root of its own, and opens files there
 )
 
 func init() {
@@ -68,11 +69,12 @@ func openerMain(args []string) int {
 }
 
 func openNamed(arg string) error {
-	dir, count, many := strings.Cut(arg, " ")
-	if !many {
+	space := strings.LastIndexByte(arg, ' ')
+	n, err := strconv.Atoi(arg[space+1:])
+	if err != nil {
 		return touchFile(arg)
 	}
-	n, err := strconv.Atoi(count)
+	dir := arg[:max(0, space)]
 	for i := 0; i < n && err == nil; i++ {
 		err = touchFile(numbered(dir, i))
 	}

@@ -362,14 +362,15 @@ const linger = time.Millisecond
 
 // sendEnd sends the verdict.
 func (s *session) sendEnd(ctx context.Context, l *link) error {
+	cause := context.Cause(ctx) // a client that has the verdict hangs up
 	list, progress := s.tally.list(), s.tally.progress()
 	l.conn.SetWriteDeadline(time.Now().Add(stalled))
 	m := endMessage{files: progress.Files, accesses: progress.Accesses, reasons: list.Reasons}
 	if err := l.send(msgEnd, appendEnd(m), nil); err != nil {
 		return broken("write", err)
 	}
-	if ctx.Err() != nil && context.Cause(ctx) != errStop {
-		return context.Cause(ctx)
+	if cause != errStop {
+		return cause
 	}
 	return nil
 }

@@ -95,8 +95,8 @@ func TestParityR1Serve(t *testing.T) {
 	container.open("/a")
 	container.end()
 	accesses, list := finish(t, r)
-	do(t, r.Err())
 	do(t, served())
+	do(t, r.Err())
 	wantComplete(t, list)
 	wantPaths(t, list, "", "c", "a", "b")
 	if e := list.Entries[1]; e.Count != 2 || !e.Ops.Has(kernstream.OpOpen) {
