@@ -260,8 +260,12 @@ func recordHelper(how, dir, files, socket string) error {
 	defer r.Close()
 	fmt.Println(os.Getpid())
 	end, err := receiveRecord(r, n)
-	if err == nil {
-		fmt.Println(end)
+	if err != nil {
+		return err
 	}
-	return err
+	fmt.Println(end)
+	for commands.Scan() {
+		// What was written must be read before this process ends.
+	}
+	return nil
 }
