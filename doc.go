@@ -80,6 +80,8 @@
 //     it. The steps in between are lost, the last state never.
 //   - Processes: nothing is lost. Each watch keeps what is known of its process,
 //     two events at most, until they are received.
+//   - Records (package recorder): nothing is lost. Files that were not received
+//     wait in the list, which is there anyway.
 //   - Files: events wait in the kernel. When its queue is full, events are lost,
 //     and one with OpOverflow stands in their place.
 //
