@@ -105,7 +105,7 @@ func (c *client) check() error {
 	case c.options.MaxFiles < 0:
 		return invalid(c.name(), "MaxFiles is negative")
 	case c.options.Descriptors && c.link.unix == nil:
-		return recordError("start", c.name(), fmt.Errorf("Descriptors need a Unix socket: %w", errors.ErrUnsupported))
+		return recordError("start", c.name(), fmt.Errorf("for descriptors it has to be a Unix socket: %w", errors.ErrUnsupported))
 	}
 	return nil
 }

@@ -29,7 +29,7 @@ import (
 func TestMain(m *testing.M) { testenv.MainInNamespace(m) }
 
 // patience is how long a test waits for what must happen.
-const patience = 60 * time.Second
+const patience = testenv.Patience
 
 // The programs that the test binary can be.
 const (

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/internal/testenv"
 	"github.com/kernstream/kernstream/recorder"
 )
 
@@ -285,6 +286,41 @@ func TestParityR6End(t *testing.T) {
 		wantIncomplete(t, list, "the server was stopped: the building is closed")
 		wantPaths(t, list, "", "f")
 	})
+}
+
+// TestParityR4Overflow: what the kernel's queue had no room for is told in its place, and is in the
+// verdict. The server is stopped while more files are opened than the queue holds.
+func TestParityR4Overflow(t *testing.T) {
+	needRecorder(t)
+	limit := 16384
+	if text, err := os.ReadFile("/proc/sys/fs/fanotify/max_queued_events"); err == nil {
+		if _, err := fmt.Sscan(string(text), &limit); err != nil || limit > 1<<16 {
+			testenv.Missing(t, "needs a lower max_queued_events", fs.ErrInvalid)
+		}
+	}
+	dir := tmpfs(t)
+	makeFiles(t, dir, limit+1000)
+	cmd, conn := childWith(t, server, dir)
+	r, err := recorder.Connect(t.Context(), conn, nil)
+	do(t, err)
+	defer r.Close()
+	do(t, cmd.Process.Signal(unix.SIGSTOP))
+	waitFor(t, "the server to stop", func() bool {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
+		return err == nil && strings.Contains(string(text), ") T ")
+	})
+	do(t, openNamed(fmt.Sprint(dir, " ", limit+1000)))
+	do(t, cmd.Process.Signal(unix.SIGCONT))
+	waitFor(t, "the overflow", func() bool { return r.Progress().Overflows > 0 })
+	r.Close()
+	do(t, r.Err())
+	list, err := r.List()
+	do(t, err)
+	wantIncomplete(t, list, "the kernel's queue was full, once")
+	if n := len(list.Entries); n < limit/2 || n > limit {
+		t.Errorf("%d files; the queue holds %d", n, limit)
+	}
+	do(t, cmd.Wait())
 }
 
 // TestServeRefuses: a client gets what the server was told to give, and no more; both learn

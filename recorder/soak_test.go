@@ -24,7 +24,9 @@ func init() {
 	testenv.RegisterChild(server, func(args []string) int {
 		conn, err := net.FileConn(os.NewFile(3, "socket"))
 		if err == nil {
-			err = recorder.Serve(context.Background(), conn, &recorder.ServeOptions{Target: recorder.Directory(args[0])})
+			err = recorder.Serve(context.Background(), conn, &recorder.ServeOptions{
+				Target: recorder.Directory(args[0]), Options: recorder.Options{LimitedQueue: true},
+			})
 		}
 		if err != nil {
 			return 1
