@@ -235,7 +235,7 @@ func TestCommandPdeathsig(t *testing.T) {
 func TestDirectory(t *testing.T) {
 	needRecorder(t)
 	base := tmpfs(t)
-	for _, name := range []string{"in/a", "in/sub/b", "inside/c", "out", "in/mnt/x"} {
+	for _, name := range []string{"in/a", "in/sub/b", "inside/c", "out", "in/mnt/x", "in/own"} {
 		writeFile(t, filepath.Join(base, name))
 	}
 	do(t, unix.Mount("below", base+"/in/mnt", "tmpfs", 0, ""))
@@ -244,7 +244,7 @@ func TestDirectory(t *testing.T) {
 	for one, want := range map[bool][]string{false: {"sub/b", "a", "mnt/below"}, true: {"sub/b", "a"}} {
 		r := record(t, recorder.Directory(base+"/in"), &recorder.Options{OneMount: one})
 		newHelper(t, opener, base+"/out", base+"/in/sub/b", base+"/inside/c", base+"/in/a", base+"/in/mnt/below").start().end()
-		do(t, touchFile(base+"/in/a")) // this process
+		do(t, touchFile(base+"/in/own")) // by this process
 		r.Close()
 		_, list := finish(t, r)
 		wantComplete(t, list)
@@ -342,4 +342,54 @@ func TestCopyUp(t *testing.T) {
 	_, list := finish(t, r)
 	wantComplete(t, list)
 	wantPaths(t, list, "", "etc/conf")
+}
+
+// TestOneOrder: the order holds between mounts with file handles and others without.
+func TestOneOrder(t *testing.T) {
+	needRecorder(t)
+	dir := overlay(t)
+	do(t, os.Mkdir(dir+"/tmp", 0o755))
+	do(t, unix.Mount("tmp", dir+"/tmp", "tmpfs", 0, ""))
+	defer detach(t, dir+"/tmp")
+	var want, args []string
+	for i := range 300 {
+		for _, name := range []string{fmt.Sprint("f", i), fmt.Sprint("tmp/f", i)} {
+			writeFile(t, filepath.Join(dir, name))
+			want, args = append(want, name), append(args, filepath.Join(dir, name))
+		}
+	}
+	r := record(t, recorder.Directory(dir), nil)
+	newHelper(t, opener, args...).start().end()
+	r.Close()
+	_, list := finish(t, r)
+	wantComplete(t, list)
+	wantPaths(t, list, "", want...)
+}
+
+// TestDescriptorsBounded: a consumer that does not come has few files open, loses none, and gets all
+// when it comes.
+func TestDescriptorsBounded(t *testing.T) {
+	needRecorder(t)
+	const files = 1000
+	dir := tmpfs(t)
+	makeFiles(t, dir, files)
+	r := record(t, recorder.Directory(dir), &recorder.Options{Descriptors: true})
+	newHelper(t, opener, fmt.Sprint(dir, " ", files)).start().end()
+	waitFor(t, "128 files", func() bool { return r.Progress().Files >= 128 })
+	for range 20 {
+		open, err := os.ReadDir("/proc/self/fd")
+		do(t, err)
+		// Beside those of the list, there are those in C and in the reader's hand.
+		if n := r.Progress().Files; n > 130 || len(open) > 128+64+128+100 {
+			t.Fatalf("%d files in the list, %d descriptors", n, len(open))
+		}
+		time.Sleep(time.Millisecond)
+	}
+	for n := range files {
+		a := <-r.C
+		if a == nil || a.File == nil {
+			t.Fatalf("access %d is %v", n, a)
+		}
+		a.Close()
+	}
 }
