@@ -51,7 +51,7 @@ type Config struct {
 	// Namespace is an open /proc/PID/ns/mnt to mount in, or a file that one was
 	// bound to. It stays the caller's, and may be closed when Mount returns; the
 	// session keeps the namespace alive until [Session.Close]. PID must be 0.
-	Namespace *os.File
+	Namespace *os.File `json:"-"`
 
 	FSName  string // the source in the mount table; "" is "kernstream"
 	Subtype string // makes the type in the mount table "fuse.SUBTYPE"

@@ -8,6 +8,7 @@ import (
 	"iter"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -22,28 +23,39 @@ import (
 // A Device is one open file description of /dev/fuse, through which the requests
 // of a session come. It has one reader at a time: a goroutine in [Device.Next],
 // a loop over [Device.All], or a stream of [Device.Requests]. Another one gets
-// an error that Is unix.EBUSY.
+// an error that Is unix.EBUSY. [Session.Clone] makes another device, for another
+// reader.
 //
 // Whoever reads may stop at any time, by its context or otherwise, and another
 // go on: no request is lost by that.
 type Device struct {
 	session *Session
 	file    *poller.File
-	reader  sync.Mutex // held by who reads, and guards what follows
+	closing context.Context // done when Close was called, or that of the session
+	stop    context.CancelFunc
+	leaving atomic.Bool // Close was called
 
-	wait     func() error // waits for a message and reads it into buf
-	buf      []byte
-	n        int        // bytes of the message in buf
-	returned []*Request // read, but not handed out
+	reader sync.Mutex // held by who reads, and guards what follows
+	// Held from before a reader looks whether it may read, until what it read is
+	// entered in the session's books.
+	gate sync.Mutex
+
+	wait func() error // waits for a message and reads it into buf
+	buf  []byte
+	n    int // bytes of the message in buf
 
 	armed   context.Context // the one that wakes the reader; nil: none
 	release func()          // takes the hold off armed
+
+	// Guarded by the session's mutex.
+	inHand int  // requests that were read and are not answered
+	idle   bool // nobody will read any more
 }
 
 func newDevice(s *Session, file *poller.File) *Device {
-	d := &Device{session: s, file: file}
+	d := &Device{session: s, file: file, buf: make([]byte, s.bufferSize)}
+	d.closing, d.stop = context.WithCancel(s.closing)
 	d.wait = file.Waiter(d.readOnce)
-	d.resize(0)
 	return d
 }
 
@@ -53,17 +65,21 @@ const (
 	minBuffer       = 8192
 )
 
-// resize sets the size of a message to what the kernel asks for.
-func (d *Device) resize(maxWrite int) {
-	d.session.bufferSize = max(minBuffer, messageOverhead+maxWrite)
-	d.buf = make([]byte, d.session.bufferSize)
+// resize sets the size of a message to what the kernel asks for. There is one
+// device, at most.
+func (s *Session) resize(maxWrite uint32) {
+	s.bufferSize = max(minBuffer, messageOverhead+int(maxWrite))
+	if s.device != nil {
+		s.device.buf = make([]byte, s.bufferSize)
+	}
 }
 
 // Next returns the next request, and waits for it. It is the way with the least
 // cost, for loops that must be fast; it allocates the Request only.
 //
 // It returns [ErrUnmounted] or [ErrAborted] at the end of the session,
-// os.ErrClosed after [Session.Close], and the cause of ctx when that is done.
+// os.ErrClosed after [Session.Close] and [Device.Close], [ErrDrained] while the
+// session is drained, and the cause of ctx when that is done.
 // With a context that is done already, nothing is read, unless the session has
 // ended. A request that is there when ctx becomes done is returned. Passing
 // the same context again costs less than passing another one each time.
@@ -80,14 +96,14 @@ func (d *Device) Next(ctx context.Context) (*Request, error) {
 }
 
 // All returns a sequence of requests for a loop, which reads them on the
-// goroutine of the loop, as Next does. At the end of the session, and after
-// [Session.Close], the loop ends; if anything else ends it, that is its last
-// turn, with an error and no request.
+// goroutine of the loop, as Next does. At the end of the session, after
+// [Session.Close], and when the session is drained, the loop ends; if anything
+// else ends it, that is its last turn, with an error and no request.
 func (d *Device) All(ctx context.Context) iter.Seq2[*Request, error] {
 	return func(yield func(*Request, error) bool) {
 		for {
 			r, err := d.Next(ctx)
-			if err == ErrUnmounted || err == os.ErrClosed {
+			if err == ErrUnmounted || err == os.ErrClosed || err == ErrDrained {
 				return
 			}
 			if !yield(r, err) || err != nil {
@@ -99,30 +115,34 @@ func (d *Device) All(ctx context.Context) iter.Seq2[*Request, error] {
 
 // Requests returns a stream of the requests, for programs that wait for other
 // things, too. Between two requests, another one is read ahead, so that
-// INTERRUPT reaches the requests being worked on. Its Err is nil after an unmount and after
-// [Session.Close], and Is [ErrAborted] after an abort.
+// INTERRUPT reaches the requests being worked on. Its Err is nil after an unmount,
+// after [Session.Close], and when the session is drained, and Is [ErrAborted]
+// after an abort.
 //
-// When ctx is done, or the stream is closed, before a request that was read could
-// be delivered, the next reader of the device gets it. A stream costs a
+// When the stream ends before a request that was read could be delivered, the
+// next reader of any device gets it, or the successor. A stream costs a
 // goroutine, and a change of goroutines for each request, which shows with many
 // small requests (see README).
 func (d *Device) Requests(ctx context.Context) *kernstream.Stream[*Request] {
 	if !d.reader.TryLock() {
 		return kernstream.NewStream(ctx, func(context.Context, func(*Request) bool) error { return d.busy() })
 	}
-	// A closed session does not wait for a consumer that does not receive.
+	// A device that is closed, and a session that is drained, do not wait for a
+	// consumer that does not receive.
 	ctx, cancel := context.WithCancelCause(ctx)
-	stop := context.AfterFunc(d.session.closing, func() { cancel(os.ErrClosed) })
+	stopClose := context.AfterFunc(d.closing, func() { cancel(os.ErrClosed) })
+	stopDrain := context.AfterFunc(d.session.readingContext(), func() { cancel(ErrDrained) })
 	return kernstream.NewStream(ctx, func(ctx context.Context, emit func(*Request) bool) error {
 		defer func() {
-			stop()
+			stopClose()
+			stopDrain()
 			cancel(nil)
 			d.reader.Unlock()
 		}()
 		for {
 			r, err := d.next(ctx)
 			if err == nil && !r.offer(emit) {
-				d.returned = append(d.returned, r)
+				d.session.giveBack(r)
 				err = context.Cause(ctx)
 			}
 			if err != nil {
@@ -135,7 +155,7 @@ func (d *Device) Requests(ctx context.Context) *kernstream.Stream[*Request] {
 // streamEnd returns what the producer of a stream returns when it ended by err.
 func (d *Device) streamEnd(err error) error {
 	switch {
-	case d.session.closing.Err() != nil, err == ErrUnmounted, err == os.ErrClosed:
+	case d.closing.Err() != nil, err == ErrUnmounted, err == os.ErrClosed, err == ErrDrained:
 		return io.EOF
 	case err == ErrAborted:
 		return fuseError("read", d.session.object(), err)
@@ -149,35 +169,74 @@ func (d *Device) busy() error {
 
 // next is Next for who holds d.reader.
 func (d *Device) next(ctx context.Context) (*Request, error) {
-	if ctx.Err() != nil {
-		if d.connectionGone() {
-			return nil, d.end(d.buf)
-		}
-		return nil, context.Cause(ctx)
-	}
-	if n := len(d.returned); n > 0 {
-		r := d.returned[0]
-		d.returned = append(d.returned[:0], d.returned[1:]...)
-		return r, nil
-	}
 	for {
-		if err := d.read(ctx); err != nil {
-			return nil, d.failed(ctx, err)
+		switch {
+		case ctx.Err() != nil:
+			if d.connectionGone() {
+				return nil, d.end(d.buf)
+			}
+			return nil, context.Cause(ctx)
+		case d.leaving.Load():
+			return nil, os.ErrClosed
+		case d.session.diverted.Load():
+			r, err := d.session.takeReturned()
+			if err == ErrDrained && d.connectionGone() {
+				err = d.end(d.buf)
+			}
+			if r != nil || err != nil {
+				return r, err
+			}
 		}
-		if r, err := d.accept(); r != nil || err != nil {
+		r, err := d.nextMessage(ctx)
+		if r != nil || err != nil {
 			return r, err
 		}
 	}
 }
 
+// nextMessage reads one message. It returns nothing if that was for the session
+// itself, or if there is something to look at before anything is read.
+func (d *Device) nextMessage(ctx context.Context) (*Request, error) {
+	d.gate.Lock()
+	defer d.gate.Unlock()
+	switch err := d.read(ctx); {
+	case err == nil:
+		return d.accept()
+	case err == errLook:
+		return nil, nil
+	case errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() == nil:
+		// Somebody wants to be seen. Whoever sets a deadline has first said
+		// why, and that is looked at before the next wait.
+		if err := d.file.SetReadDeadline(time.Time{}); err != nil {
+			return nil, d.failed(ctx, err)
+		}
+		return nil, nil
+	default:
+		return nil, d.failed(ctx, err)
+	}
+}
+
+// errLook says that there is something to look at instead of reading.
+var errLook = errors.New("look before you read")
+
+// mayRead tells whether there is nothing to look at before anything is read.
+func (d *Device) mayRead() bool { return !d.session.diverted.Load() && !d.leaving.Load() }
+
 // read reads a message into d.buf.
 func (d *Device) read(ctx context.Context) error {
+	if !d.mayRead() {
+		return errLook
+	}
 	if d.armed == nil && ctx.Done() != nil || d.armed != nil && d.armed.Done() != ctx.Done() {
 		// What is there already needs nobody to wake the reader.
 		if done, err := d.readNow(); done || err != nil {
 			return err
 		}
 		d.arm(ctx)
+		// That may have lifted a deadline which was to wake this reader.
+		if !d.mayRead() {
+			return errLook
+		}
 	}
 	return d.wait()
 }
@@ -315,15 +374,11 @@ func (d *Device) accept() (*Request, error) {
 	return d.session.newRequest(d, &h, message), nil
 }
 
-// close closes the device, and waits until nobody reads any more.
-func (d *Device) close() error {
-	err := d.file.Close()
+// shut closes the descriptor, and waits until nobody reads any more.
+func (d *Device) shut() {
+	d.file.Close()
 	d.reader.Lock()
 	defer d.reader.Unlock()
 	d.disarm()
-	for _, r := range d.returned {
-		r.Close()
-	}
-	d.returned, d.buf = nil, nil
-	return err
+	d.buf = nil
 }

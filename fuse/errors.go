@@ -17,6 +17,10 @@ var (
 	// /sys/fs/fuse/connections, by umount2(2) with MNT_FORCE, or because a
 	// request took longer than allowed.
 	ErrAborted = errors.New("connection aborted")
+
+	// ErrDrained is what [Device.Next] returns from [Session.Drain] until
+	// [Session.Resume].
+	ErrDrained = errors.New("session drained")
 )
 
 func fuseError(op, object string, err error) error {

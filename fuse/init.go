@@ -115,16 +115,6 @@ func (f InitFlags) String() string {
 	return strings.Join(names, "|")
 }
 
-// State is what kernel and server agreed on at the start of a connection, for
-// its whole life.
-type State struct {
-	Major, Minor uint32    // version of the protocol: the lower of the kernel's and 7.45
-	Flags        InitFlags // what both can and want
-	MaxWrite     uint32    // the most bytes in one WRITE
-	MaxReadahead uint32    // the most bytes that the kernel reads ahead
-	MaxPages     uint16    // the most pages in one READ or WRITE; 0: 32
-}
-
 // The version of the protocol that this package is written for.
 const (
 	protocolMajor = 7
@@ -232,7 +222,7 @@ func (s *Session) answerInit(read func() (*Request, error)) error {
 		message := bytes.Clone(r.Raw())
 		out, state := negotiate(&in, &s.config, maxPagesLimit())
 		s.initRequest, s.state = message, state
-		s.device.resize(int(state.MaxWrite))
+		s.resize(state.MaxWrite)
 		return r.Reply(out.Append(nil, in.Minor))
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/bits"
 	"os"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -31,60 +32,60 @@ func TestNegotiate(t *testing.T) {
 			fusewire.InitIn{Major: 7, Minor: 45, MaxReadahead: 131072, Flags: all},
 			Config{},
 			256,
-			State{7, 45, DefaultInitFlags | always, min(1<<20, 256*page), 131072, uint16(min(1<<20/page, 256))},
+			State{Major: 7, Minor: 45, Flags: DefaultInitFlags | always, MaxWrite: min(1<<20, 256*page), MaxReadahead: 131072, MaxPages: uint16(min(1<<20/page, 256))},
 		},
 		{
 			"a kernel of a later version",
 			fusewire.InitIn{Major: 7, Minor: 99, MaxReadahead: 1, Flags: all},
 			Config{MaxWrite: 8 * page, MaxReadahead: 5},
 			256,
-			State{7, 45, DefaultInitFlags | always, 8 * page, 1, 8},
+			State{Major: 7, Minor: 45, Flags: DefaultInitFlags | always, MaxWrite: 8 * page, MaxReadahead: 1, MaxPages: 8},
 		},
 		{
 			"an old kernel",
 			fusewire.InitIn{Major: 7, Minor: 22, MaxReadahead: 65536, Flags: uint64(InitAsyncRead | InitBigWrites)},
 			Config{MaxReadahead: 4096},
 			256,
-			State{7, 22, InitAsyncRead | InitBigWrites, 32 * page, 4096, 0},
+			State{Major: 7, Minor: 22, Flags: InitAsyncRead | InitBigWrites, MaxWrite: 32 * page, MaxReadahead: 4096, MaxPages: 0},
 		},
 		{
 			"a limit below what is asked for",
 			fusewire.InitIn{Major: 7, Minor: 45, Flags: all},
 			Config{MaxWrite: 1 << 24},
 			300,
-			State{7, 45, DefaultInitFlags | always, 300 * page, 0, 300},
+			State{Major: 7, Minor: 45, Flags: DefaultInitFlags | always, MaxWrite: 300 * page, MaxReadahead: 0, MaxPages: 300},
 		},
 		{
 			"a limit that makes no sense",
 			fusewire.InitIn{Major: 7, Minor: 45, Flags: all},
 			Config{},
 			0,
-			State{7, 45, DefaultInitFlags | always, page, 0, 1},
+			State{Major: 7, Minor: 45, Flags: DefaultInitFlags | always, MaxWrite: page, MaxReadahead: 0, MaxPages: 1},
 		},
 		{
 			"not a whole number of pages",
 			fusewire.InitIn{Major: 7, Minor: 45, Flags: all},
 			Config{MaxWrite: page + 1},
 			256,
-			State{7, 45, DefaultInitFlags | always, page + 1, 0, 2},
+			State{Major: 7, Minor: 45, Flags: DefaultInitFlags | always, MaxWrite: page + 1, MaxReadahead: 0, MaxPages: 2},
 		},
 		{
 			"flags of the upper half, some of which the kernel does not have",
 			fusewire.InitIn{Major: 7, Minor: 38, Flags: uint64(InitInitExt | InitMaxPages | InitHasExpireOnly)},
 			Config{InitFlags: InitHasExpireOnly | InitHasResend, MaxWrite: page},
 			256,
-			State{7, 38, InitInitExt | InitMaxPages | InitHasExpireOnly, page, 0, 1},
+			State{Major: 7, Minor: 38, Flags: InitInitExt | InitMaxPages | InitHasExpireOnly, MaxWrite: page, MaxReadahead: 0, MaxPages: 1},
 		},
 		{
 			"a request timeout",
 			fusewire.InitIn{Major: 7, Minor: 45, Flags: all},
 			Config{RequestTimeout: 60, MaxWrite: page},
 			256,
-			State{7, 45, DefaultInitFlags | always | InitRequestTimeout, page, 0, 1},
+			State{Major: 7, Minor: 45, Flags: DefaultInitFlags | always | InitRequestTimeout, MaxWrite: page, MaxReadahead: 0, MaxPages: 1},
 		},
 	} {
 		out, state := negotiate(&c.in, &c.config, c.limit)
-		if state != c.want {
+		if !reflect.DeepEqual(state, c.want) {
 			t.Errorf("%s:\n%+v; want\n%+v", c.name, state, c.want)
 		}
 		if out.Flags != uint64(state.Flags) || out.MaxWrite != state.MaxWrite || out.MaxPages != state.MaxPages ||
@@ -115,7 +116,7 @@ func kernel(t *testing.T) (*Session, int) {
 		t.Fatal(err)
 	}
 	s := newSession(Config{MountPoint: "/fake"}, &place{})
-	if err := s.serve(pair[0]); err != nil {
+	if _, err := s.serve(pair[0]); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

@@ -134,7 +134,7 @@ func mountBy(ctx context.Context, config *Config, w way) (_ *Session, err error)
 		unix.Close(a.device)
 		return nil, err
 	}
-	if err := s.serve(a.device); err != nil {
+	if _, err := s.serve(a.device); err != nil {
 		return nil, err
 	}
 	if err := s.start(ctx, a.mount, mode); err != nil {
@@ -196,11 +196,12 @@ func (s *Session) attach(mount int) error {
 	})
 }
 
-// openDevice opens a device for a new connection. It stays out of the poller
-// until there is one.
+const devicePath = "/dev/fuse"
+
+// openDevice opens a device that belongs to no connection. It stays out of the
+// poller until it does.
 func openDevice() (int, error) {
-	const name = "/dev/fuse"
-	fd, err := unix.Open(name, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(devicePath, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
 	case err == nil:
 		return fd, nil
@@ -211,5 +212,5 @@ func openDevice() (int, error) {
 	default:
 		err = os.NewSyscallError("open", err)
 	}
-	return -1, failed("open", name, err)
+	return -1, failed("open", devicePath, err)
 }

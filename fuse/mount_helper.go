@@ -125,7 +125,7 @@ func mountByHelper(ctx context.Context, s *Session, _ uint32) (*attachment, erro
 }
 
 // topMount returns which mount is at the mount point.
-func (s *Session) topMount() (id mountID) {
+func (s *Session) topMount() (id MountID) {
 	s.place.do(func(int) (err error) {
 		id, err = mountAt(s.config.MountPoint)
 		return err
@@ -210,16 +210,16 @@ func descriptorsIn(control []byte) (fds []int) {
 
 // endHelper ends a helper that did not send a device because of err. before is
 // what was mounted at the mount point before it ran.
-func (s *Session) endHelper(ctx context.Context, cmd *exec.Cmd, m *messages, before mountID, err error) error {
+func (s *Session) endHelper(ctx context.Context, cmd *exec.Cmd, m *messages, before MountID, err error) error {
 	if err != io.EOF {
 		cmd.Process.Kill()
 	}
 	exit := cmd.Wait()
-	if now := s.topMount(); err != io.EOF && now != before && now != (mountID{}) {
+	if now := s.topMount(); err != io.EOF && now != before && now != (MountID{}) {
 		// It was killed after it had mounted. Without its device that is dead.
 		s.id = now
 		s.unmountForGood()
-		s.id = mountID{}
+		s.id = MountID{}
 	}
 	switch {
 	case ctx.Err() != nil:
@@ -236,8 +236,12 @@ func (s *Session) endHelper(ctx context.Context, cmd *exec.Cmd, m *messages, bef
 const helperPatience = 2 * time.Second
 
 // leave ends a helper that stayed. It unmounts only if the mount point says
-// ENOTCONN then, so every descriptor of the device must be closed before.
-func (h *helper) leave() {
+// ENOTCONN then, so every descriptor of the device must be closed before. If the
+// file system is to stay, it is not even asked.
+func (h *helper) leave(stay bool) {
+	if stay {
+		h.cmd.Process.Kill()
+	}
 	h.socket.Close()
 	// It has all signals blocked but this one.
 	kill := time.AfterFunc(helperPatience, func() { h.cmd.Process.Kill() })

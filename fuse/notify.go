@@ -34,18 +34,19 @@ func (s *Session) notify(name string, code int32, parts ...[]byte) error {
 		length += len(p)
 	}
 	fusewire.PutNotifyHeader(&header, length, code)
-	fd, ok := s.device.file.Pin()
+	d := s.anyDevice()
+	fd, ok := d.file.Pin()
 	if !ok {
-		return fuseError(name, s.object(), s.device.end(nil))
+		return fuseError(name, s.object(), s.ended())
 	}
 	// Unlike an answer, this may wait.
 	_, err := unix.Writev(fd, append([][]byte{header[:]}, parts...))
-	s.device.file.Unpin()
+	d.file.Unpin()
 	if err == nil {
 		return nil
 	}
-	if s.device.connectionGone() {
-		return fuseError(name, s.object(), s.device.end(nil))
+	if s.connectionGone() {
+		return fuseError(name, s.object(), s.ended())
 	}
 	return fuseError(name, s.object(), os.NewSyscallError("writev", err))
 }

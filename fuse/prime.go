@@ -68,7 +68,10 @@ func (s *Session) prime(ctx context.Context, mode uint32, open func(name string)
 
 	var others []*Request
 	err := s.answerProbe(ctx, &others)
-	s.device.returned = append(others, s.device.returned...)
+	s.mu.Lock()
+	s.returned = append(others, s.returned...)
+	s.divert()
+	s.mu.Unlock()
 	select {
 	case opened := <-result:
 		if isErrno(opened, unix.EACCES, unix.EPERM) {

@@ -167,8 +167,12 @@ func (r *Request) refused(op string, err error) error {
 
 // finish gives back what the request holds.
 func (r *Request) finish() {
-	if cancel := r.device.session.forget(r); cancel != nil {
+	cancel, retire := r.device.session.forget(r)
+	if cancel != nil {
 		cancel(context.Canceled)
+	}
+	if retire {
+		r.device.file.Close()
 	}
 }
 
@@ -177,8 +181,8 @@ func (r *Request) replyError(err error) error {
 		return nil
 	}
 	// The kernel does not know the requests of a connection that is gone.
-	if err == os.ErrClosed || errors.Is(err, unix.ENOENT) && r.device.connectionGone() {
-		err = r.device.end(nil)
+	if s := r.device.session; err == os.ErrClosed || errors.Is(err, unix.ENOENT) && s.connectionGone() {
+		err = s.ended()
 	}
 	return r.refused("reply", err)
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,11 +25,11 @@ import (
 type Session struct {
 	config      Config // as it was mounted
 	place       *place
-	id          mountID // of the mount
-	device      *Device
+	id          MountID // of the mount
+	device      *Device // the first one
 	helper      *helper // which unmounts when this process dies; may be nil
 	initRequest []byte
-	state       State
+	state       State // without what changes
 	bufferSize  int
 	probe       probe
 
@@ -38,8 +39,19 @@ type Session struct {
 	close   context.CancelFunc
 	closed  func() error
 
+	// Set while there is something in returned, or a drain: readers look there
+	// before they read.
+	diverted atomic.Bool
+
 	mu          sync.Mutex
+	devices     []*Device           // that are open, in the order in which they were opened
 	outstanding map[uint64]*Request // to be answered, by Header.Unique
+	inHand      int                 // requests that were read and are neither answered nor closed
+	returned    []*Request          // of those, the ones that nobody was given
+	reading     context.Context     // done while drained
+	stopReading context.CancelFunc  //
+	drain       *drain              // nil: requests are read
+	filesTaken  bool                // by Files
 	small       [][]byte            // free buffers of smallBuffer bytes
 	large       [][]byte            // free buffers of bufferSize bytes
 }
@@ -56,30 +68,71 @@ const (
 )
 
 func newSession(config Config, place *place) *Session {
-	s := &Session{config: config, place: place, outstanding: map[uint64]*Request{}}
+	s := &Session{config: config, place: place, bufferSize: minBuffer, outstanding: map[uint64]*Request{}}
 	s.config.Options = slices.Clone(config.Options)
 	s.life, s.end = context.WithCancelCause(context.Background())
 	s.closing, s.close = context.WithCancel(context.Background())
+	s.reading, s.stopReading = context.WithCancel(context.Background())
 	s.closed = sync.OnceValue(s.release)
 	return s
 }
 
 // serve starts a device on fd, which it owns, and whose connection must be
 // there already: one that is in the poller before that is never woken.
-func (s *Session) serve(fd int) error {
-	file, err := poller.New(fd, "/dev/fuse")
+func (s *Session) serve(fd int) (*Device, error) {
+	file, err := poller.New(fd, devicePath)
 	if err != nil {
-		return failed("open", "/dev/fuse", err)
+		return nil, failed("open", devicePath, err)
 	}
-	s.device = newDevice(s, file)
-	return nil
+	d := newDevice(s, file)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing.Err() != nil {
+		file.Close()
+		return nil, fuseError("open", devicePath, os.ErrClosed)
+	}
+	if s.device == nil {
+		s.device = d
+	}
+	s.devices = append(s.devices, d)
+	return d, nil
 }
 
 // object names the session in errors.
-func (s *Session) object() string { return s.config.MountPoint }
+func (s *Session) object() string {
+	if s.config.MountPoint == "" {
+		return devicePath // of a session whose mount is not known
+	}
+	return s.config.MountPoint
+}
 
-// Device returns the device through which the requests come.
+// Device returns the device through which the requests come. [Session.Clone]
+// makes more.
 func (s *Session) Device() *Device { return s.device }
+
+// openDevices returns the devices that are open.
+func (s *Session) openDevices() []*Device {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.devices)
+}
+
+// anyDevice returns a device that is open, if there is one.
+func (s *Session) anyDevice() *Device {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.devices) == 0 {
+		return s.device
+	}
+	return s.devices[0]
+}
+
+// connectionGone tells whether the connection has ended, without reading.
+func (s *Session) connectionGone() bool { return s.anyDevice().connectionGone() }
+
+// ended ends the session if its connection is gone or its devices are closed,
+// and returns what it ended by.
+func (s *Session) ended() error { return s.anyDevice().end(nil) }
 
 // Config returns what was mounted: MountPoint is without symbolic links, and
 // Via is the way that was taken.
@@ -89,9 +142,6 @@ func (s *Session) Config() Config {
 	return c
 }
 
-// State returns what kernel and server agreed on.
-func (s *Session) State() State { return s.state }
-
 // InitRequest returns the kernel's INIT, header and body, for servers that want
 // to know what the kernel offered. It was answered by Mount.
 func (s *Session) InitRequest() []byte { return bytes.Clone(s.initRequest) }
@@ -99,7 +149,7 @@ func (s *Session) InitRequest() []byte { return bytes.Clone(s.initRequest) }
 // ConnectionID returns the number by which the connection is known in
 // /sys/fs/fuse/connections. It is the minor number of the device of the files
 // (st_dev in stat(2)), whose major number is 0.
-func (s *Session) ConnectionID() uint32 { return s.id.minor }
+func (s *Session) ConnectionID() uint32 { return s.id.Minor }
 
 // Outstanding returns how many requests were read and not answered.
 func (s *Session) Outstanding() int {
@@ -125,9 +175,13 @@ func (s *Session) Err() error {
 }
 
 // Close ends the session, and returns when nothing of it is left: it unmounts
-// the file system, closes the device, and takes the helper back. Clients that
+// the file system, closes the devices, and takes the helper back. Clients that
 // wait for an answer get ECONNABORTED. If the file system is in use, it is
 // detached, and what the users still do with it fails with ENOTCONN.
+//
+// If the session has been handed over, which is when [Session.Drain] was called
+// and its [Session.Files] were taken, Close leaves the file system alone, and
+// clients keep waiting for the successor.
 //
 // It returns an error if the file system could not be unmounted; it stays in
 // the mount table then, without a server. Close may be called again, and then
@@ -138,18 +192,37 @@ func (s *Session) Close() error { return s.closed() }
 func (s *Session) release() error {
 	s.end(os.ErrClosed)
 	s.close()
+	handedOver := s.handedOver()
 	var err error
-	if s.id != (mountID{}) {
+	if s.id != (MountID{}) && !handedOver {
 		err = s.unmountForGood()
 	}
-	if s.device != nil {
-		s.device.close()
+	for _, d := range s.openDevices() {
+		d.shut()
 	}
+	s.dropReturned(handedOver)
 	if s.helper != nil {
-		s.helper.leave()
+		s.helper.leave(handedOver)
 	}
 	s.place.close()
+	s.stopReading()
 	return err
+}
+
+// dropReturned closes the requests that nobody was given. Those of a session
+// that was handed over are the successor's.
+func (s *Session) dropReturned(handedOver bool) {
+	s.mu.Lock()
+	list := s.returned
+	s.returned = nil
+	s.mu.Unlock()
+	for _, r := range list {
+		if handedOver {
+			r.finish()
+		} else {
+			r.Close()
+		}
+	}
 }
 
 // newRequest makes a request of message, which is in d.buf.
@@ -169,8 +242,10 @@ func (s *Session) newRequest(d *Device, h *fusewire.InHeader, message []byte) *R
 		r.message = message
 		d.buf = takeBuffer(&s.large, s.bufferSize)
 	}
+	s.inHand++
 	if r.Header.Opcode.answered() {
 		s.outstanding[h.Unique] = r
+		d.inHand++
 	}
 	s.mu.Unlock()
 	r.Body = r.message[fusewire.InHeaderSize:]
@@ -187,13 +262,19 @@ func takeBuffer(free *[][]byte, size int) []byte {
 }
 
 // forget takes a request that is finished out of the books. It returns what
-// ends its context, if it has one.
-func (s *Session) forget(r *Request) context.CancelCauseFunc {
+// ends its context, if it has one, and whether its device is to be closed.
+func (s *Session) forget(r *Request) (cancel context.CancelCauseFunc, retire bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.inHand--
+	if r.Header.Opcode.answered() {
+		r.device.inHand--
+		retire = r.device.retires()
+	}
 	if s.outstanding[r.Header.Unique] == r {
 		delete(s.outstanding, r.Header.Unique)
 	}
+	s.settle()
 	switch c := cap(r.message); {
 	case c == smallBuffer && len(s.small) < maxFreeSmall:
 		s.small = append(s.small, r.message)
@@ -201,22 +282,66 @@ func (s *Session) forget(r *Request) context.CancelCauseFunc {
 		s.large = append(s.large, r.message)
 	}
 	r.message, r.Body = nil, nil
-	return r.cancel
+	return r.cancel, retire
 }
 
-// interrupt tells a request that its client does not want to wait any more. One
-// that is not known was answered meanwhile.
+// giveBack takes back a request that nobody was given, for the next reader of
+// any device.
+func (s *Session) giveBack(r *Request) {
+	s.mu.Lock()
+	s.returned = append(s.returned, r)
+	s.divert()
+	s.settle()
+	s.mu.Unlock()
+	s.wake()
+}
+
+// divert sets diverted as it is to be. s.mu is held.
+func (s *Session) divert() { s.diverted.Store(s.drain != nil || len(s.returned) > 0) }
+
+// wake makes every reader look at diverted, and then read on.
+func (s *Session) wake() {
+	for _, d := range s.openDevices() {
+		d.file.SetReadDeadline(longAgo)
+	}
+}
+
+// longAgo is a deadline that has passed.
+var longAgo = time.Unix(1, 0)
+
+// takeReturned returns a request that was given back, or an error if nobody is to
+// read, or neither.
+func (s *Session) takeReturned() (*Request, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.drain != nil {
+		return nil, ErrDrained
+	}
+	if len(s.returned) == 0 {
+		return nil, nil
+	}
+	r := s.returned[0]
+	s.returned = append(s.returned[:0], s.returned[1:]...)
+	s.divert()
+	return r, nil
+}
+
+// interrupt tells a request that its client does not want to wait any more.
 func (s *Session) interrupt(unique uint64) {
 	s.mu.Lock()
-	r := s.outstanding[unique]
+	r, several := s.outstanding[unique], len(s.devices) > 1
 	var cancel context.CancelCauseFunc
 	if r != nil {
 		r.interrupted, cancel = true, r.cancel
 	}
 	s.mu.Unlock()
-	if cancel != nil {
+	switch {
+	case cancel != nil:
 		cancel(unix.EINTR)
+	case r == nil && several:
+		s.interruptLater(unique)
 	}
+	// Otherwise it was answered meanwhile, or nobody has asked for its context.
 }
 
 // contextOf is Request.Context.

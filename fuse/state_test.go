@@ -3,6 +3,7 @@ package fuse_test
 import (
 	"bytes"
 	"errors"
+	"reflect"
 	"sync/atomic"
 	"testing"
 
@@ -86,7 +87,7 @@ func TestStateAfterClose(t *testing.T) {
 	l := newLab(t, &fuse.Config{FSName: "x"})
 	before := l.s.State()
 	l.s.Close()
-	if l.s.State() != before || l.s.Config().FSName != "x" || len(l.s.InitRequest()) == 0 {
+	if !reflect.DeepEqual(l.s.State(), before) || l.s.Config().FSName != "x" || len(l.s.InitRequest()) == 0 {
 		t.Error("State, Config or InitRequest are gone after Close")
 	}
 	if err := l.s.NotifyResend(); err == nil || errors.Is(err, unix.EBADF) {

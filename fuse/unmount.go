@@ -52,9 +52,12 @@ func (s *Session) Unmount(ctx context.Context, flags UnmountFlags) error {
 	if s.closing.Err() != nil {
 		return s.Close()
 	}
+	if s.id == (MountID{}) {
+		return fuseError("unmount", s.object(), fmt.Errorf("which mount it is was not in the State: %w", unix.EINVAL))
+	}
 	err := s.unmount(ctx, flags)
-	if s.device.connectionGone() {
-		s.device.end(nil)
+	if s.connectionGone() {
+		s.ended()
 	}
 	return err
 }
@@ -110,7 +113,7 @@ func (s *Session) unmountForGood() error {
 		s.unmount(context.Background(), UnmountForce)
 		err = s.unmount(context.Background(), UnmountLazy)
 	}
-	if errors.Is(err, os.ErrProcessDone) && s.device != nil && s.device.connectionGone() {
+	if errors.Is(err, os.ErrProcessDone) && s.device != nil && s.connectionGone() {
 		return nil // the namespace went with its last process
 	}
 	return err
@@ -141,15 +144,15 @@ func (s *Session) identityCheck(proc int) (gone bool, err error) {
 // 6.8 a mount that took the number of both the mount and the connection, once
 // they were gone, is taken for it.
 func (s *Session) inTable(proc int) (point string, err error) {
-	if s.id.unique != 0 {
+	if s.id.Unique != 0 {
 		var reader statmount.Reader
 		var m statmount.Mount
-		if errors.Is(reader.Stat(s.id.unique, statmount.MountBasic, &m), unix.ENOENT) {
+		if errors.Is(reader.Stat(s.id.Unique, statmount.MountBasic, &m), unix.ENOENT) {
 			return "", nil
 		}
 	}
 	err = mounts(proc, func(m *procfs.MountInfo) {
-		if m.Major == 0 && m.Minor == s.id.minor && (m.ID == s.id.id || s.id.id == 0) {
+		if m.Major == 0 && m.Minor == s.id.Minor && (m.ID == s.id.ID || s.id.ID == 0) {
 			point = m.MountPoint
 		}
 	})
@@ -159,7 +162,7 @@ func (s *Session) inTable(proc int) (point string, err error) {
 // mounted tells whether the session's mount still is in the mount table, as far
 // as that can be known.
 func (s *Session) mounted() bool {
-	if s.id == (mountID{}) {
+	if s.id == (MountID{}) {
 		return false
 	}
 	point := ""
@@ -170,36 +173,36 @@ func (s *Session) mounted() bool {
 	return point != ""
 }
 
-// A mountID names a mount.
-type mountID struct {
-	unique uint64 // never used again; 0 before Linux 6.8
-	id     uint32 // as in /proc/PID/mountinfo
-	minor  uint32 // of the device of its files, which is that of the connection
+// A MountID names a mount.
+type MountID struct {
+	Unique uint64 // never used again; 0 before Linux 6.8
+	ID     uint32 // as in /proc/PID/mountinfo
+	Minor  uint32 // of the device of its files, which is that of the connection
 }
 
 // mountAt returns the topmost mount at path, without asking the server.
-func mountAt(path string) (mountID, error) {
+func mountAt(path string) (MountID, error) {
 	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	if err != nil {
-		return mountID{}, os.NewSyscallError("open", err)
+		return MountID{}, os.NewSyscallError("open", err)
 	}
 	defer unix.Close(fd)
 	return identify(fd)
 }
 
 // identify returns the mount of a descriptor, without asking the server.
-func identify(fd int) (id mountID, err error) {
+func identify(fd int) (id MountID, err error) {
 	const flags = unix.AT_EMPTY_PATH | unix.AT_STATX_DONT_SYNC | unix.AT_NO_AUTOMOUNT
 	var st unix.Statx_t
 	if err := unix.Statx(fd, "", flags, unix.STATX_MNT_ID, &st); err != nil {
 		return id, os.NewSyscallError("statx", err)
 	}
-	id.minor = st.Dev_minor
+	id.Minor = st.Dev_minor
 	if st.Mask&unix.STATX_MNT_ID != 0 {
-		id.id = uint32(st.Mnt_id)
+		id.ID = uint32(st.Mnt_id)
 	}
 	if err := unix.Statx(fd, "", flags, unix.STATX_MNT_ID_UNIQUE, &st); err == nil && st.Mask&unix.STATX_MNT_ID_UNIQUE != 0 {
-		id.unique = st.Mnt_id
+		id.Unique = st.Mnt_id
 	}
 	return id, nil
 }
@@ -215,17 +218,19 @@ func (s *Session) Abort() error {
 		// It takes root, or a mounted fusectl. The kernel aborts, too, when
 		// nobody has the device open any more.
 		s.end(ErrAborted)
-		s.device.file.Close()
+		for _, d := range s.openDevices() {
+			d.file.Close()
+		}
 		return nil
 	}
-	s.device.end(nil)
+	s.ended()
 	return nil
 }
 
 // abortByControl aborts through the control file system of FUSE: the one that
 // is mounted, or one that is nowhere.
 func (s *Session) abortByControl() error {
-	name := strconv.FormatUint(uint64(s.id.minor), 10) + "/abort"
+	name := strconv.FormatUint(uint64(s.id.Minor), 10) + "/abort"
 	fd, err := unix.Open("/sys/fs/fuse/connections/"+name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		var control int
