@@ -103,7 +103,7 @@ func (s *Session) Files() ([]*os.File, error) {
 			}
 			files = append(files, os.NewFile(uintptr(fd), devicePath))
 		}
-		s.filesTaken = true
+		s.shared = true
 		return nil
 	}()
 	if err != nil || len(files) == 0 {
@@ -130,7 +130,7 @@ func closeAll(files []*os.File) {
 func (s *Session) handedOver() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.drain != nil && s.filesTaken
+	return s.drain != nil && s.shared
 }
 
 // Adopt goes on with a session of another process, by what that returned from
@@ -184,6 +184,7 @@ func Adopt(files []*os.File, state State) (*Session, error) {
 		return nil, err
 	}
 	s := newSession(config, place)
+	s.shared = true
 	s.id, s.initRequest = state.Mount, bytes.Clone(state.InitRequest)
 	s.state = state
 	s.state.InitRequest, s.state.Undelivered = nil, nil
@@ -201,7 +202,7 @@ func Adopt(files []*os.File, state State) (*Session, error) {
 // adopt makes devices of files, and requests of what was not delivered.
 func (s *Session) adopt(files []*os.File, undelivered []Undelivered) error {
 	for _, f := range files {
-		fd, err := share(f)
+		fd, err := share(f, s.bufferSize)
 		if err != nil {
 			return failed("adopt", f.Name(), err)
 		}
@@ -229,20 +230,21 @@ func (s *Session) adopt(files []*os.File, undelivered []Undelivered) error {
 // disown lets go of a session that was not adopted.
 func (s *Session) disown() {
 	s.mu.Lock()
-	s.drain, s.filesTaken = &drain{quiet: make(chan struct{})}, true
+	s.drain = &drain{quiet: make(chan struct{})}
 	s.mu.Unlock()
 	s.Close()
 }
 
-// share returns another descriptor for a device that is connected.
-func share(f *os.File) (fd int, err error) {
+// share returns another descriptor for a device that is connected. A message of
+// it has up to size bytes.
+func share(f *os.File, size int) (fd int, err error) {
 	conn, err := f.SyscallConn()
 	if err != nil {
 		return -1, os.ErrClosed
 	}
 	fd = -1
 	cerr := conn.Control(func(theirs uintptr) {
-		if err = checkDevice(int(theirs)); err == nil {
+		if err = checkDevice(int(theirs), size); err == nil {
 			fd, err = unix.FcntlInt(theirs, unix.F_DUPFD_CLOEXEC, 0)
 			err = os.NewSyscallError("fcntl", err)
 		}
@@ -254,7 +256,7 @@ func share(f *os.File) (fd int, err error) {
 }
 
 // checkDevice tells whether fd is a device with a connection that is alive.
-func checkDevice(fd int) error {
+func checkDevice(fd, size int) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return os.NewSyscallError("fstat", err)
@@ -273,8 +275,9 @@ func checkDevice(fd int) error {
 		}
 		break
 	}
-	// There is nothing to read any more, or nothing yet.
-	switch _, err := unix.Read(fd, make([]byte, minBuffer)); err {
+	// There is nothing to read any more, or nothing yet. Too small a buffer would
+	// be all that the kernel complains of.
+	switch _, err := unix.Read(fd, make([]byte, size)); err {
 	case unix.ENODEV:
 		return ErrUnmounted
 	case unix.ECONNABORTED:

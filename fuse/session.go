@@ -51,7 +51,7 @@ type Session struct {
 	reading     context.Context     // done while drained
 	stopReading context.CancelFunc  //
 	drain       *drain              // nil: requests are read
-	filesTaken  bool                // by Files
+	shared      bool                // somebody else may have the Files
 	small       [][]byte            // free buffers of smallBuffer bytes
 	large       [][]byte            // free buffers of bufferSize bytes
 }
@@ -179,9 +179,10 @@ func (s *Session) Err() error {
 // wait for an answer get ECONNABORTED. If the file system is in use, it is
 // detached, and what the users still do with it fails with ENOTCONN.
 //
-// If the session has been handed over, which is when [Session.Drain] was called
-// and its [Session.Files] were taken, Close leaves the file system alone, and
-// clients keep waiting for the successor.
+// If the session has been handed over, Close leaves the file system alone, and
+// clients keep waiting for the successor. It has when [Session.Drain] was called
+// and somebody else may have its [Session.Files]: they were taken, or the session
+// itself was adopted.
 //
 // It returns an error if the file system could not be unmounted; it stays in
 // the mount table then, without a server. Close may be called again, and then

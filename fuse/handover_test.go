@@ -1,0 +1,638 @@
+package fuse_test
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"reflect"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/fuse"
+	"github.com/kernstream/kernstream/internal/testenv"
+)
+
+// marshaled returns the state as it arrives in another process.
+func marshaled(t testing.TB, state fuse.State) (arrived fuse.State) {
+	t.Helper()
+	text, err := json.Marshal(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(text, &arrived); err != nil {
+		t.Fatal(err)
+	}
+	return arrived
+}
+
+// files returns the session's Files.
+func (l *lab) files() []*os.File {
+	l.t.Helper()
+	files, err := l.s.Files()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return files
+}
+
+// succeed makes a successor of the lab's session that of the lab.
+func (l *lab) succeed() (predecessor *fuse.Session) {
+	l.t.Helper()
+	s, err := fuse.Adopt(l.files(), marshaled(l.t, l.s.State()))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	predecessor, l.s = l.s, s
+	l.t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			l.t.Errorf("Close of the successor: %v", err)
+		}
+	})
+	return predecessor
+}
+
+// TestParityU6HandOver: the devices of a session can be taken, and a session be
+// made of them, which goes on where the first was brought to rest. What was
+// mounted stays, and the successor knows all about it; its Close unmounts. A
+// clone goes along, and can be made again.
+func TestParityU6HandOver(t *testing.T) {
+	l := newLab(t, &fuse.Config{FSName: "handed over", MaxWrite: 64 << 10})
+	l.clone()
+	c := newClient(t)
+	wait := l.serve(basic)
+	if err := c.do("hold", l.path(fileName), fmt.Sprint(unix.O_RDONLY)); err != nil {
+		t.Fatal(err)
+	}
+	l.drained()
+	if err := wait(); err != nil {
+		t.Errorf("the loop ended by %v", err)
+	}
+	waitRead := newClient(t).start("stat", l.path("while nobody serves"))
+	first := l.succeed()
+	if err := first.Close(); err != nil {
+		t.Errorf("Close of the predecessor: %v", err)
+	}
+	if fuseMounts(t, l.dir) != 1 {
+		t.Fatal("the predecessor has unmounted")
+	}
+	before, after := first.State(), l.s.State()
+	if !reflect.DeepEqual(before, after) {
+		t.Errorf("State was %+v, is %+v", before, after)
+	}
+	if c := l.s.Config(); c.FSName != "handed over" || c.MountPoint != l.dir {
+		t.Errorf("Config is %+v", c)
+	}
+	if string(first.InitRequest()) != string(l.s.InitRequest()) || l.s.ConnectionID() != first.ConnectionID() {
+		t.Error("another INIT or connection")
+	}
+	if n := descriptors(t); n != 2 {
+		t.Errorf("%d descriptors; want 2", n)
+	}
+	wait = l.serve(basic)
+	if err := waitRead(); err != unix.ENOENT {
+		t.Errorf("stat: %v", err)
+	}
+	if text, err := c.ask("readheld", l.path(fileName)); text != content || err != nil {
+		t.Errorf("read %q, %v", text, err)
+	}
+	l.clone()
+	if err := l.s.Unmount(t.Context(), 0); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("Unmount of what is in use: %v", err)
+	}
+	if err := l.s.Close(); err != nil {
+		t.Errorf("Close: %v", err)
+	}
+	if err := wait(); err != nil {
+		t.Errorf("the loop ended by %v", err)
+	}
+	if fuseMounts(t, l.dir) != 0 {
+		t.Error("the successor has not unmounted")
+	}
+	testenv.Feature(t, "hand-over of a FUSE session", "drain")
+}
+
+// What nobody was given goes along, each with the device that takes its answer.
+func TestHandOverOfTheUndelivered(t *testing.T) {
+	l := newLab(t, nil)
+	devices := []*fuse.Device{l.s.Device(), l.clone()}
+	var streams []*kernstream.Stream[*fuse.Request]
+	var waits []func() error
+	for i, d := range devices {
+		streams = append(streams, d.Requests(t.Context()))
+		waits = append(waits, newClient(t).start("stat", l.path(fmt.Sprint("x", i))))
+		for deadline := time.Now().Add(patience); l.s.Outstanding() <= i; time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal("nothing is read")
+			}
+		}
+	}
+	l.drained()
+	state := l.s.State()
+	if len(state.Undelivered) != 2 {
+		t.Fatalf("%d undelivered requests", len(state.Undelivered))
+	}
+	first := l.succeed()
+	if err := first.Close(); err != nil {
+		t.Error(err)
+	}
+	for _, s := range streams {
+		for r := range s.C {
+			t.Errorf("the predecessor has delivered %v", r)
+		}
+	}
+	if n := l.s.Outstanding(); n != 2 {
+		t.Errorf("%d requests are outstanding", n)
+	}
+	for range waits {
+		r := l.next(opcode(fuse.OpLookup))
+		if err := r.ReplyErrno(unix.ENOENT); err != nil {
+			t.Errorf("%v: %v", r, err)
+		}
+	}
+	for _, wait := range waits {
+		if err := wait(); err != unix.ENOENT {
+			t.Errorf("stat: %v", err)
+		}
+	}
+}
+
+// If the successor fails, the predecessor goes on, and unmounts at its end.
+func TestHandOverThatFails(t *testing.T) {
+	l := newLab(t, nil)
+	l.serve(basic)
+	l.drained()
+	files, state := l.files(), l.s.State()
+	state.Undelivered = []fuse.Undelivered{{Device: 7}}
+	if _, err := fuse.Adopt(files, state); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("Adopt: %v", err)
+	}
+	for _, f := range files {
+		if err := f.Close(); err != nil {
+			t.Errorf("Adopt has taken what it did not adopt: %v", err)
+		}
+	}
+	l.s.Resume()
+	l.serve(basic)
+	if text, err := newClient(t).ask("read", l.path(fileName)); text != content || err != nil {
+		t.Errorf("read %q, %v", text, err)
+	}
+	if err := l.s.Close(); err != nil || fuseMounts(t, l.dir) != 0 {
+		t.Errorf("Close: %v, %d mounts", err, fuseMounts(t, l.dir))
+	}
+}
+
+// A session that was drained, and whose files nobody has, unmounts.
+func TestCloseOfADrainedSession(t *testing.T) {
+	l := newLab(t, nil)
+	l.drained()
+	if err := l.s.Close(); err != nil || fuseMounts(t, l.dir) != 0 {
+		t.Errorf("Close: %v, %d mounts", err, fuseMounts(t, l.dir))
+	}
+}
+
+// What is no session is refused, by name, and stays the caller's.
+func TestAdoptErrors(t *testing.T) {
+	l := newLab(t, nil)
+	state := l.s.State()
+	open := func(name string) *os.File {
+		fd, err := unix.Open(name, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := os.NewFile(uintptr(fd), name)
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	closed := open("/dev/null")
+	closed.Close()
+	with := func(change func(*fuse.State)) fuse.State {
+		s := state
+		change(&s)
+		return s
+	}
+	for _, c := range []struct {
+		name  string
+		files []*os.File
+		state fuse.State
+		want  error
+		text  string
+	}{
+		{"no files", nil, state, unix.EINVAL, "no files"},
+		{"no State", []*os.File{open("/dev/fuse")}, fuse.State{}, unix.EINVAL, "MaxWrite"},
+		{"another device", []*os.File{open("/dev/null")}, state, unix.EINVAL, "/dev/null: not a FUSE device"},
+		{"a device without a mount", []*os.File{open("/dev/fuse")}, state, unix.EINVAL, "nothing is mounted"},
+		{"a closed file", []*os.File{closed}, state, os.ErrClosed, "/dev/null"},
+		{"a namespace that was a file", []*os.File{open("/dev/fuse")}, with(func(s *fuse.State) { s.InNamespace = true }), unix.EINVAL, "Config.Namespace"},
+		{"a process that is gone", []*os.File{open("/dev/fuse")}, with(func(s *fuse.State) { s.Config.PID = 1 << 22 }), nil, "4194304"},
+	} {
+		before := descriptors(t)
+		s, err := fuse.Adopt(c.files, c.state)
+		if operation := (*kernstream.OpError)(nil); err == nil || s != nil || c.want != nil && !errors.Is(err, c.want) || !errors.As(err, &operation) {
+			t.Errorf("%s: %v; want %v", c.name, err, c.want)
+		} else if got := err.Error(); !strings.Contains(got, c.text) {
+			t.Errorf("%s: %q lacks %q", c.name, got, c.text)
+		}
+		if n := descriptors(t); n != before {
+			t.Errorf("%s: %d descriptors, then %d", c.name, before, n)
+		}
+	}
+
+	files := l.files()
+	defer files[0].Close()
+	if err := unix.Unmount(l.dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fuse.Adopt(files, state); !errors.Is(err, fuse.ErrUnmounted) {
+		t.Errorf("Adopt of what was unmounted: %v", err)
+	}
+	l.s.Close()
+	if _, err := l.s.Files(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("Files after Close: %v", err)
+	}
+
+	l = newLab(t, nil)
+	files = l.files()
+	defer files[0].Close()
+	if err := l.s.Abort(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fuse.Adopt(files, l.s.State()); !errors.Is(err, fuse.ErrAborted) && !errors.Is(err, fuse.ErrUnmounted) {
+		t.Errorf("Adopt of what was aborted: %v", err)
+	}
+}
+
+// A server that was mounted elsewhere can be gone on with by its descriptor and a
+// few numbers. What is mounted is not known then, and not unmounted.
+func TestAdoptWithoutAMount(t *testing.T) {
+	l := newLab(t, nil)
+	l.drained()
+	mounted := l.s.State()
+	s, err := fuse.Adopt(l.files(), fuse.State{Major: 7, Minor: mounted.Minor, MaxWrite: mounted.MaxWrite})
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for r := range s.Device().All(context.Background()) {
+			basic(r)
+		}
+	}()
+	if text, err := newClient(t).ask("read", l.path(fileName)); text != content || err != nil {
+		t.Errorf("read %q, %v", text, err)
+	}
+	if err := s.Unmount(t.Context(), 0); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("Unmount: %v", err)
+	}
+	if err := s.Close(); err != nil || fuseMounts(t, l.dir) != 1 {
+		t.Errorf("Close: %v, %d mounts", err, fuseMounts(t, l.dir))
+	}
+	<-done
+	l.s.Resume()
+}
+
+// The helper of AutoUnmount does not end a session that was handed over.
+func TestHandOverWithHelper(t *testing.T) {
+	testenv.NeedTool(t, "fusermount3")
+	l := newLab(t, &fuse.Config{AutoUnmount: true})
+	l.drained()
+	first := l.succeed()
+	if err := within(t, "Close", first.Close); err != nil {
+		t.Error(err)
+	}
+	if n := len(children(t, "fusermount3")); n != 0 {
+		t.Errorf("%d helpers", n)
+	}
+	if fuseMounts(t, l.dir) != 1 {
+		t.Fatal("not mounted any more")
+	}
+	if l.s.Config().AutoUnmount {
+		t.Error("the successor's Config has AutoUnmount")
+	}
+	l.serve(basic)
+	if text, err := newClient(t).ask("read", l.path(fileName)); text != content || err != nil {
+		t.Errorf("read %q, %v", text, err)
+	}
+}
+
+// A session in another namespace is handed over with what stands for that.
+func TestHandOverInANamespace(t *testing.T) {
+	needFUSE(t)
+	testenv.NoLeaks(t)
+	c := startClient(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS})
+	dir := t.TempDir()
+	namespace, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", c.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer namespace.Close()
+	for _, config := range []*fuse.Config{{PID: c.PID}, {Namespace: namespace}} {
+		config.MountPoint = dir
+		s, err := fuse.Mount(t.Context(), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := &lab{t: t, s: s, dir: dir}
+		l.drained()
+		files, state := l.files(), marshaled(t, s.State())
+		if state.InNamespace {
+			if _, err := fuse.Adopt(files, state); !errors.Is(err, unix.EINVAL) {
+				t.Errorf("Adopt without the namespace: %v", err)
+			}
+			state.Config.Namespace = namespace
+		}
+		successor, err := fuse.Adopt(files, state)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Close()
+		l.s = successor
+		l.serve(basic)
+		if text, err := c.ask("read", l.path(fileName)); text != content || err != nil {
+			t.Errorf("read there: %q, %v", text, err)
+		}
+		if err := successor.Close(); err != nil {
+			t.Error(err)
+		}
+		if table, err := c.ask("mounts"); err != nil || strings.Contains(table, dir) {
+			t.Errorf("still mounted there: %v", err)
+		}
+	}
+	c.end()
+}
+
+// A server is another process that goes on with a session.
+type server struct {
+	t   testing.TB
+	cmd *exec.Cmd
+	in  io.Closer
+	out *bufio.Reader
+}
+
+// startServer starts a server for the session. files stay the caller's.
+func startServer(t testing.TB, files []*os.File, state fuse.State, how string) *server {
+	t.Helper()
+	text, err := json.Marshal(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := testenv.Child(t, "successor", string(text), how)
+	cmd.ExtraFiles = files
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	s := &server{t, cmd, in, bufio.NewReader(out)}
+	t.Cleanup(s.kill)
+	if line := s.line(); line != "ready\n" {
+		t.Fatalf("the server says %q", line)
+	}
+	return s
+}
+
+func (s *server) line() (line string) {
+	s.t.Helper()
+	within(s.t, "the server", func() (err error) {
+		line, err = s.out.ReadString('\n')
+		return err
+	})
+	return line
+}
+
+// kill ends it at once, whatever it does.
+func (s *server) kill() {
+	s.cmd.Process.Kill()
+	s.cmd.Wait()
+}
+
+// finish lets it come to rest and end, and returns its State.
+func (s *server) finish() (state fuse.State) {
+	s.t.Helper()
+	s.in.Close()
+	if err := json.Unmarshal([]byte(s.line()), &state); err != nil {
+		s.t.Fatal(err)
+	}
+	if err := s.cmd.Wait(); err != nil {
+		s.t.Fatal(err)
+	}
+	return state
+}
+
+func init() {
+	testenv.RegisterChild("successor", func(args []string) int {
+		if err := successor(args[0], args[1]); err != nil {
+			fmt.Fprintln(os.Stderr, "successor:", err)
+			return 1
+		}
+		return 0
+	})
+}
+
+// successor serves a session, from descriptor 3 on, until its standard input
+// ends. It is brought to rest then.
+func successor(text, how string) error {
+	var state fuse.State
+	if err := json.Unmarshal([]byte(text), &state); err != nil {
+		return err
+	}
+	var files []*os.File
+	for fd := 3; ; fd++ {
+		var st unix.Stat_t
+		if unix.Fstat(fd, &st) != nil || st.Rdev != unix.Mkdev(10, 229) {
+			break
+		}
+		unix.CloseOnExec(fd)
+		files = append(files, os.NewFile(uintptr(fd), "/dev/fuse"))
+	}
+	s, err := fuse.Adopt(files, state)
+	if err != nil {
+		return err
+	}
+	if how == "resend" {
+		if err := s.NotifyResend(); err != nil {
+			return err
+		}
+	}
+	fmt.Println("ready")
+	handle := basic
+	if how == "mute" {
+		handle = func(r *fuse.Request) {
+			if r.Header.Opcode == fuse.OpLookup {
+				fmt.Println(nameOf(r))
+				return
+			}
+			basic(r)
+		}
+	}
+	var readers sync.WaitGroup
+	readers.Go(func() {
+		for r := range s.Device().All(context.Background()) {
+			handle(r)
+		}
+	})
+	io.Copy(io.Discard, os.Stdin)
+	if err := s.Drain(context.Background()); err != nil {
+		return err
+	}
+	readers.Wait()
+	if err := json.NewEncoder(os.Stdout).Encode(s.State()); err != nil {
+		return err
+	}
+	return s.Close()
+}
+
+// Handed over from process to process, a session is the same to its clients: none
+// of them sees an error.
+func TestHandOverBetweenProcesses(t *testing.T) {
+	l := newLab(t, nil)
+	l.drained()
+	files, state := l.files(), l.s.State()
+	defer files[0].Close()
+	l.s.Close()
+	const clients = 2
+	results := make(chan error, clients)
+	stop := make(chan struct{})
+	for range clients {
+		c := newClient(t)
+		go func() {
+			for {
+				select {
+				case <-stop:
+					results <- nil
+					return
+				default:
+				}
+				if text, err := c.ask("read", l.path(fileName)); text != content || err != nil {
+					results <- fmt.Errorf("read %q: %w", text, err)
+					return
+				}
+			}
+		}()
+	}
+	for range testenv.SoakN(5) {
+		s := startServer(t, files, state, "")
+		time.Sleep(20 * time.Millisecond)
+		state = s.finish()
+	}
+	close(stop)
+	s := startServer(t, files, state, "")
+	for range clients {
+		if err := within(t, "the clients", func() error { return <-results }); err != nil {
+			t.Error(err)
+		}
+	}
+	state = s.finish()
+	var err error
+	if l.s, err = fuse.Adopt(files, state); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A server is killed with requests in its hands. Whoever has kept descriptors of
+// it goes on, and has the kernel send them again: their clients see nothing but
+// a pause.
+func TestKilledServer(t *testing.T) {
+	l := newLab(t, nil)
+	l.clone()
+	l.drained()
+	files, state := l.files(), l.s.State()
+	l.s.Close()
+	s := startServer(t, files, state, "mute")
+	var waits []func() error
+	for _, name := range []string{"a", "b", "c"} {
+		waits = append(waits, newClient(t).start("stat", l.path(name)))
+		if line := s.line(); line != name+"\n" {
+			t.Fatalf("the server has read %q", line)
+		}
+	}
+	s.kill()
+	var err error
+	if l.s, err = fuse.Adopt(files, state); err != nil {
+		t.Fatal(err)
+	}
+	err = l.s.NotifyResend()
+	if !testenv.KernelAtLeast(6, 9) {
+		// The clients wait, until the connection is gone.
+		if !errors.Is(err, unix.EINVAL) {
+			t.Errorf("NotifyResend: %v; want EINVAL", err)
+		}
+		l.s.Close()
+		for _, wait := range waits {
+			if err := wait(); err != unix.ECONNABORTED {
+				t.Errorf("stat: %v", err)
+			}
+		}
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range waits {
+		r := l.next(opcode(fuse.OpLookup))
+		if r.Header.Unique>>63 != 1 {
+			t.Errorf("%v was not sent before", r)
+		}
+		if err := r.ReplyErrno(unix.ENOENT); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, wait := range waits {
+		if err := wait(); err != unix.ENOENT {
+			t.Errorf("stat: %v", err)
+		}
+	}
+	if err := l.s.Close(); err != nil {
+		t.Error(err)
+	}
+	testenv.Feature(t, "recovery of a killed FUSE server", "FUSE_NOTIFY_RESEND")
+}
+
+// A session that could not be brought to rest can be handed over as it is: what
+// the predecessor holds is sent to the successor, and the predecessor cannot
+// answer it any more.
+func TestHandOverWithRequestsInHand(t *testing.T) {
+	testenv.NeedKernel(t, 6, 9, "FUSE_NOTIFY_RESEND")
+	l := newLab(t, nil)
+	wait := newClient(t).start("stat", l.path("x"))
+	r := l.next(lookup("x"))
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if err := l.s.Drain(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("Drain: %v", err)
+	}
+	first := l.succeed()
+	if err := l.s.NotifyResend(); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.ReplyErrno(unix.EIO); !errors.Is(err, unix.ENOENT) {
+		t.Errorf("an answer of the predecessor: %v", err)
+	}
+	if err := first.Close(); err != nil {
+		t.Error(err)
+	}
+	l.next(lookup("x")).ReplyErrno(unix.ENOENT)
+	if err := wait(); err != unix.ENOENT {
+		t.Errorf("stat: %v", err)
+	}
+}
