@@ -53,7 +53,7 @@ type Device struct {
 }
 
 func newDevice(s *Session, file *poller.File) *Device {
-	d := &Device{session: s, file: file, buf: make([]byte, s.bufferSize)}
+	d := &Device{session: s, file: file, buf: newBuffer(s.bufferSize, os.Getpagesize())}
 	d.closing, d.stop = context.WithCancel(s.closing)
 	d.wait = file.Waiter(d.readOnce)
 	return d
@@ -70,7 +70,7 @@ const (
 func (s *Session) resize(maxWrite uint32) {
 	s.bufferSize = max(minBuffer, messageOverhead+int(maxWrite))
 	if s.device != nil {
-		s.device.buf = make([]byte, s.bufferSize)
+		s.device.buf = newBuffer(s.bufferSize, os.Getpagesize())
 	}
 }
 

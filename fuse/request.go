@@ -40,7 +40,8 @@ type Request struct {
 	Header Header
 
 	// Body is what follows the header. It is valid until the request is
-	// answered or closed; the memory is used again then.
+	// answered or closed; the memory is used again then. The data of a WRITE is
+	// aligned to a page in it, or to 512 bytes if it is less than a page.
 	Body []byte
 
 	device  *Device

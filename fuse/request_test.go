@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -391,6 +392,9 @@ func TestLargeBodiesAreKept(t *testing.T) {
 		}
 		if n := len(r.Body); n != 40+65536 {
 			t.Errorf("a WRITE has a body of %d bytes", n)
+		}
+		if address := uintptr(unsafe.Pointer(&r.Body[40])); address%uintptr(os.Getpagesize()) != 0 {
+			t.Errorf("the data of a WRITE is at %#x", address)
 		}
 	}
 	for _, r := range list {

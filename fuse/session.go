@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -238,10 +239,10 @@ func (s *Session) newRequest(d *Device, h *fusewire.InHeader, message []byte) *R
 	}
 	s.mu.Lock()
 	if len(message) <= smallBuffer {
-		r.message = append(takeBuffer(&s.small, smallBuffer)[:0], message...)
+		r.message = append(takeBuffer(&s.small, smallBuffer, smallAlignment)[:0], message...)
 	} else {
 		r.message = message
-		d.buf = takeBuffer(&s.large, s.bufferSize)
+		d.buf = takeBuffer(&s.large, s.bufferSize, os.Getpagesize())
 	}
 	s.inHand++
 	if r.Header.Opcode.answered() {
@@ -253,13 +254,25 @@ func (s *Session) newRequest(d *Device, h *fusewire.InHeader, message []byte) *R
 	return r
 }
 
-func takeBuffer(free *[][]byte, size int) []byte {
+// smallAlignment is that of data in small messages: a block of most disks.
+const smallAlignment = 512
+
+func takeBuffer(free *[][]byte, size, alignment int) []byte {
 	if n := len(*free); n > 0 {
 		b := (*free)[n-1]
 		*free = (*free)[:n-1]
 		return b[:size]
 	}
-	return make([]byte, size)
+	return newBuffer(size, alignment)
+}
+
+// newBuffer returns memory for a message of up to size bytes, in which the data
+// of a WRITE is aligned, as files that are opened with O_DIRECT want it.
+func newBuffer(size, alignment int) []byte {
+	b := make([]byte, size+alignment)
+	data := uintptr(unsafe.Pointer(&b[0])) + messageOverhead
+	skip := int(-data % uintptr(alignment))
+	return b[skip : skip+size : skip+size]
 }
 
 // forget takes a request that is finished out of the books. It returns what
