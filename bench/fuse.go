@@ -33,7 +33,16 @@ func benchFUSE(b *bench) error {
 	if err := b.run("cancel", func() error { return benchFUSECancel(b) }); err != nil {
 		return err
 	}
-	return b.run("umount", func() error { return benchUmount(b) })
+	if err := b.run("umount", func() error { return benchUmount(b) }); err != nil {
+		return err
+	}
+	for _, threads := range []int{1, 4} {
+		name := fmt.Sprintf("read %d", threads)
+		if err := b.run(name, func() error { return benchRead(b, threads) }); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // fuseServers are the forms of servers, by name. They end when done is closed.
@@ -41,8 +50,14 @@ var fuseServers = map[string]func(dir string, done <-chan struct{}) error{
 	"Next":          serveNext,
 	"All":           serveAll,
 	"Requests":      serveRequests,
-	"go-fuse":       serveGoFuse,
+	"go-fuse":       serveGoFuse(false),
 	"blocking read": serveBlocking,
+
+	"two Requests":          serveTwo(requestsOf),
+	"two All":               serveTwo(allOf),
+	"contrib/gofuse":        serveGoFuseOn(false),
+	"go-fuse, filled":       serveGoFuse(true),
+	"contrib/gofuse filled": serveGoFuseOn(true),
 }
 
 // benchLookup lets a client look up names that are not there. One thread gets
@@ -53,35 +68,8 @@ func benchLookup(b *bench, threads int) error {
 	if threads == 1 {
 		cpu = 0
 	}
-	lookups := b.scale(30_000, 2_000)
-	client, err := startFUSEProcess(b.ctx, "client", cpu, strconv.Itoa(threads))
-	if err != nil {
-		return err
-	}
-	defer client.close()
-	names := []string{"Next", "All", "Requests", "go-fuse", "blocking read"}
-	var contenders []contender
-	for i, name := range names {
-		dir := filepath.Join(b.dir, fmt.Sprint("fuse", threads, i))
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			return err
-		}
-		defer os.Remove(dir)
-		server, err := startFUSEProcess(b.ctx, "server", cpu, name, dir)
-		if err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-		defer server.close()
-		contenders = append(contenders, contender{name, func(s *sampler) error {
-			took, err := client.do(fmt.Sprintf("%d %s", lookups, dir))
-			if err != nil {
-				return err
-			}
-			s.add("time", float64(took)/float64(lookups))
-			return nil
-		}})
-	}
-	o, err := b.interleave(1, contenders...)
+	o, err := benchServers(b, "lookup", cpu, threads, b.scale(30_000, 2_000),
+		"Next", "All", "Requests", "two Requests", "contrib/gofuse", "go-fuse", "blocking read")
 	if err != nil {
 		return err
 	}
@@ -92,6 +80,8 @@ func benchLookup(b *bench, threads int) error {
 		{"Next", map[int]float64{1: 1 / 1.1, 4: 1 / 1.1}},
 		{"All", map[int]float64{1: 1 / 1.1, 4: 1 / 1.1}},
 		{"Requests", map[int]float64{1: 1, 4: 1 / 0.65}},
+		{"two Requests", map[int]float64{1: 1, 4: 1}},
+		{"contrib/gofuse", map[int]float64{1: 1 / 0.95, 4: 1 / 0.95}},
 	} {
 		most := float64(int(form.most[threads]*1000)) / 1000
 		var goals map[string]goal
@@ -101,6 +91,65 @@ func benchLookup(b *bench, threads int) error {
 		b.tell(o.of(form.name, "go-fuse", "blocking read"), threads, figure{form.name, "time", "µs/request", microsecond, median}, goals)
 	}
 	return nil
+}
+
+// benchRead lets a client read a file of 128 KiB past the page cache.
+func benchRead(b *bench, threads int) error {
+	o, err := benchServers(b, "read", -1, threads, b.scale(8_000, 400),
+		"All", "two All", "two Requests", "go-fuse", "contrib/gofuse", "contrib/gofuse filled", "go-fuse, filled")
+	if err != nil {
+		return err
+	}
+	for _, form := range []struct {
+		name, peer string
+		most       map[int]float64 // of the peer's time, by threads
+	}{
+		{"All", "go-fuse", nil},
+		{"two All", "go-fuse", map[int]float64{4: 1 / 1.2}},
+		{"two Requests", "go-fuse", nil},
+		{"contrib/gofuse", "go-fuse", nil},
+		{"contrib/gofuse filled", "go-fuse, filled", map[int]float64{1: 1 / 0.95, 4: 1 / 0.95}},
+	} {
+		var goals map[string]goal
+		if most, ok := form.most[threads]; ok && !b.quick {
+			goals = map[string]goal{form.peer: maxRatio(float64(int(most*1000)) / 1000)}
+		}
+		b.tell(o.of(form.name, form.peer), threads, figure{form.name, "time", "µs/request", microsecond, median}, goals)
+	}
+	return nil
+}
+
+// benchServers measures what a request costs a client of so many threads, by
+// each of the servers, which are processes of their own. cpu is where client and
+// servers run; negative is anywhere.
+func benchServers(b *bench, what string, cpu, threads, requests int, names ...string) (*outcome, error) {
+	client, err := startFUSEProcess(b.ctx, "client", cpu, strconv.Itoa(threads))
+	if err != nil {
+		return nil, err
+	}
+	defer client.close()
+	var contenders []contender
+	for i, name := range names {
+		dir := filepath.Join(b.dir, fmt.Sprint(what, threads, i))
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return nil, err
+		}
+		defer os.Remove(dir)
+		server, err := startFUSEProcess(b.ctx, "server", cpu, name, dir)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		defer server.close()
+		contenders = append(contenders, contender{name, func(s *sampler) error {
+			took, err := client.do(fmt.Sprintf("%s %d %s", what, requests, dir))
+			if err != nil {
+				return err
+			}
+			s.add("time", float64(took)/float64(requests))
+			return nil
+		}})
+	}
+	return b.interleave(1, contenders...)
 }
 
 // of returns the outcome of some of the contenders, in this order.
@@ -324,8 +373,8 @@ func awaitMount(dir string, result chan error) error {
 	}
 }
 
-// fuseClient obeys lines "lookups directory" and answers how many nanoseconds
-// that took.
+// fuseClient obeys lines "lookup" or "read", how often, and in which directory,
+// and answers how many nanoseconds that took.
 func fuseClient(threads string) error {
 	n, err := strconv.Atoi(threads)
 	if err != nil {
@@ -338,12 +387,16 @@ func fuseClient(threads string) error {
 			fmt.Println(0)
 			continue
 		}
-		count, dir, _ := strings.Cut(lines.Text(), " ")
-		lookups, err := strconv.Atoi(count)
+		words := strings.SplitN(lines.Text(), " ", 3)
+		count, err := strconv.Atoi(words[1])
 		if err != nil {
 			return err
 		}
-		took, err := lookUp(dir, lookups, n)
+		do := lookUp
+		if words[0] == "read" {
+			do = readData
+		}
+		took, err := do(words[2], count, n)
 		if err != nil {
 			return err
 		}
@@ -409,7 +462,7 @@ func serveNext(dir string, done <-chan struct{}) error {
 			if err != nil {
 				return err
 			}
-			answer(r)
+			answerData(r)
 		}
 	})
 }
@@ -418,13 +471,7 @@ func serveAll(dir string, done <-chan struct{}) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	return serveOurs(dir, done, func(d *fuse.Device) error {
-		for r, err := range d.All(ctx) {
-			if err != nil {
-				return err
-			}
-			answer(r)
-		}
-		return nil
+		return allOf(ctx, d)
 	})
 }
 
@@ -432,11 +479,7 @@ func serveRequests(dir string, done <-chan struct{}) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	return serveOurs(dir, done, func(d *fuse.Device) error {
-		s := d.Requests(ctx)
-		for r := range s.C {
-			answer(r)
-		}
-		return s.Err()
+		return requestsOf(ctx, d)
 	})
 }
 

@@ -34,6 +34,12 @@ func rawStat(dir, thread int) syscall.Errno {
 	return errno
 }
 
+// rawRead reads from the start of a file, in the same way.
+func rawRead(fd int, p []byte) int {
+	n, _, _ := syscall.RawSyscall6(unix.SYS_PREAD64, uintptr(fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)), 0, 0, 0)
+	return int(n)
+}
+
 // emptyFS is the peer's file system with nothing in it.
 type emptyFS struct{ gofuse.RawFileSystem }
 
@@ -47,16 +53,18 @@ func (emptyFS) GetAttr(_ <-chan struct{}, _ *gofuse.GetAttrIn, out *gofuse.AttrO
 	return gofuse.OK
 }
 
-func serveGoFuse(dir string, done <-chan struct{}) error {
-	server, err := gofuse.NewServer(emptyFS{gofuse.NewDefaultRawFileSystem()}, dir, &gofuse.MountOptions{
-		DirectMountStrict: true, MaxWrite: 128 << 10, Options: []string{"default_permissions"},
-	})
-	if err != nil {
-		return err
+func serveGoFuse(fill bool) func(dir string, done <-chan struct{}) error {
+	return func(dir string, done <-chan struct{}) error {
+		server, err := gofuse.NewServer(newDataFS(fill), dir, &gofuse.MountOptions{
+			DirectMountStrict: true, MaxWrite: dataSize, Options: []string{"default_permissions"},
+		})
+		if err != nil {
+			return err
+		}
+		fuseDone(dir, done)
+		server.Serve()
+		return nil
 	}
-	fuseDone(dir, done)
-	server.Serve()
-	return nil
 }
 
 // serveBlocking is the floor: read, write, and nothing else.

@@ -2,11 +2,15 @@ module github.com/kernstream/kernstream/bench
 
 go 1.26.0
 
-replace github.com/kernstream/kernstream => ../
+replace (
+	github.com/kernstream/kernstream => ../
+	github.com/kernstream/kernstream/contrib/gofuse => ../contrib/gofuse
+)
 
 require (
 	github.com/hanwen/go-fuse/v2 v2.12.1
 	github.com/kernstream/kernstream v0.0.0
+	github.com/kernstream/kernstream/contrib/gofuse v0.0.0
 	github.com/mdlayher/socket v0.8.0
 	github.com/moby/sys/mountinfo v0.7.3
 	github.com/prometheus/procfs v0.23.0
