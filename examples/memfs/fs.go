@@ -7,6 +7,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/kernstream/kernstream/examples/internal/wire"
 	"github.com/kernstream/kernstream/fuse"
 )
 
@@ -28,16 +29,37 @@ func (n *node) isDir() bool { return n.mode&syscall.S_IFMT == syscall.S_IFDIR }
 // touch sets the times of a change.
 func (n *node) touch() { n.times[1], n.times[2] = time.Now(), time.Now() }
 
-// names returns the names in a directory, in order.
-func (n *node) names() []string { return slices.Sorted(maps.Keys(n.entries)) }
+// valid is for how long the kernel may believe what it is told: nobody else
+// changes anything.
+const valid = time.Hour
+
+// attr returns what the kernel is told of the node.
+func (n *node) attr() *wire.Attr {
+	a := &wire.Attr{
+		Ino: n.id, Size: uint64(len(n.data)), Mode: n.mode, Nlink: n.links,
+		UID: n.uid, GID: n.gid, Times: n.times, ValidFor: valid,
+	}
+	if n.isDir() {
+		a.Nlink = 2
+	}
+	return a
+}
+
+// list returns the entries of a directory, in order.
+func (n *node) list() []wire.Dirent {
+	list := []wire.Dirent{{Ino: n.id, Mode: n.mode, Name: "."}, {Ino: n.parent.id, Mode: n.parent.mode, Name: ".."}}
+	for _, name := range slices.Sorted(maps.Keys(n.entries)) {
+		entry := n.entries[name]
+		list = append(list, wire.Dirent{Ino: entry.id, Mode: entry.mode, Name: name})
+	}
+	return list
+}
 
 // memFS is the file system: all nodes that have a name or that the kernel knows.
 type memFS struct {
 	nodes map[uint64]*node
 	last  uint64
 }
-
-const rootID = 1
 
 func newFS(uid, gid uint32) *memFS {
 	fs := &memFS{nodes: map[uint64]*node{}}
@@ -60,7 +82,7 @@ func (fs *memFS) newNode(mode, uid, gid uint32) *node {
 
 // drop forgets a node that has no name and that the kernel does not know.
 func (fs *memFS) drop(n *node) {
-	if n.links == 0 && n.lookups == 0 && n.id != rootID {
+	if n.links == 0 && n.lookups == 0 && n.id != wire.RootID {
 		delete(fs.nodes, n.id)
 	}
 }
@@ -70,10 +92,10 @@ func (fs *memFS) drop(n *node) {
 func (fs *memFS) handle(r *fuse.Request) ([]byte, syscall.Errno) {
 	switch r.Header.Opcode {
 	case fuse.OpForget:
-		fs.forget(r.Header.NodeID, forgetOf(r.Body))
+		fs.forget(r.Header.NodeID, wire.ForgetOf(r.Body))
 		return nil, 0
 	case fuse.OpBatchForget:
-		for id, lookups := range batchForgetOf(r.Body) {
+		for id, lookups := range wire.BatchForgetOf(r.Body) {
 			fs.forget(id, lookups)
 		}
 		return nil, 0
@@ -90,18 +112,18 @@ func (fs *memFS) handle(r *fuse.Request) ([]byte, syscall.Errno) {
 		}
 		return fs.handleInDir(r, n)
 	case fuse.OpGetattr:
-		return attrOut(n), 0
+		return wire.AttrOut(n.attr()), 0
 	case fuse.OpSetattr:
 		return fs.setattr(n, r.Body)
 	case fuse.OpOpen, fuse.OpOpendir:
-		return openOut(), 0
+		return wire.OpenOut(wire.KeepCache), 0
 	case fuse.OpRead:
-		offset, size := readOf(r.Body)
+		offset, size := wire.ReadOf(r.Body)
 		return n.data[min(offset, uint64(len(n.data))):min(offset+uint64(size), uint64(len(n.data)))], 0
 	case fuse.OpWrite:
 		return fs.write(n, r.Body)
 	case fuse.OpStatfs:
-		return statfsOut(len(fs.nodes)), 0
+		return wire.StatfsOut(len(fs.nodes)), 0
 	case fuse.OpRelease, fuse.OpReleasedir, fuse.OpFlush, fuse.OpFsync, fuse.OpFsyncdir:
 		return nil, 0
 	}
@@ -114,31 +136,31 @@ func (fs *memFS) handleInDir(r *fuse.Request, dir *node) ([]byte, syscall.Errno)
 	body := r.Body[:len(r.Body)-h.ExtLen]
 	switch h.Opcode {
 	case fuse.OpLookup:
-		return fs.lookup(dir, nameOf(body))
+		return fs.lookup(dir, wire.NameOf(body))
 	case fuse.OpMkdir:
-		mode, name := mkdirOf(body)
+		mode, name := wire.MkdirOf(body)
 		return fs.create(dir, name, syscall.S_IFDIR|mode&0o7777, h)
 	case fuse.OpMknod:
-		mode, name := mknodOf(body)
+		mode, name := wire.MknodOf(body)
 		if mode&syscall.S_IFMT != syscall.S_IFREG {
 			return nil, syscall.EPERM
 		}
 		return fs.create(dir, name, mode, h)
 	case fuse.OpCreate:
-		mode, name := createOf(body)
+		_, mode, name := wire.CreateOf(body)
 		entry, errno := fs.create(dir, name, mode, h)
 		if errno != 0 {
 			return nil, errno
 		}
-		return append(entry, openOut()...), 0
+		return append(entry, wire.OpenOut(wire.KeepCache)...), 0
 	case fuse.OpUnlink, fuse.OpRmdir:
-		return nil, fs.remove(dir, nameOf(body), h.Opcode == fuse.OpRmdir)
+		return nil, fs.remove(dir, wire.NameOf(body), h.Opcode == fuse.OpRmdir)
 	case fuse.OpRename, fuse.OpRename2:
-		id, flags, from, to := renameOf(body, h.Opcode == fuse.OpRename2)
+		id, flags, from, to := wire.RenameOf(body, h.Opcode == fuse.OpRename2)
 		return nil, fs.rename(dir, from, fs.nodes[id], to, flags)
 	}
-	offset, size := readOf(body)
-	return direntsOut(dir, int(offset), int(size)), 0
+	offset, size := wire.ReadOf(body)
+	return wire.DirentsOut(dir.list(), int(offset), int(size)), 0
 }
 
 func (fs *memFS) lookup(dir *node, name string) ([]byte, syscall.Errno) {
@@ -147,7 +169,7 @@ func (fs *memFS) lookup(dir *node, name string) ([]byte, syscall.Errno) {
 		return nil, syscall.ENOENT
 	}
 	n.lookups++
-	return entryOut(n), 0
+	return wire.EntryOut(n.attr()), 0
 }
 
 func (fs *memFS) forget(id, lookups uint64) {
@@ -161,14 +183,14 @@ func (fs *memFS) create(dir *node, name string, mode uint32, h *fuse.Header) ([]
 	if dir.entries[name] != nil {
 		return nil, syscall.EEXIST
 	}
-	if dir.links == 0 && dir.id != rootID {
+	if dir.links == 0 && dir.id != wire.RootID {
 		return nil, syscall.ENOENT // somebody is in a directory that was removed
 	}
 	n := fs.newNode(mode, h.UID, h.GID)
 	n.links, n.parent, n.lookups = 1, dir, 1
 	dir.entries[name] = n
 	dir.touch()
-	return entryOut(n), 0
+	return wire.EntryOut(n.attr()), 0
 }
 
 func (fs *memFS) remove(dir *node, name string, wantDir bool) syscall.Errno {
@@ -223,26 +245,26 @@ func (fs *memFS) rename(from *node, oldName string, to *node, newName string, fl
 }
 
 func (fs *memFS) setattr(n *node, body []byte) ([]byte, syscall.Errno) {
-	change := setattrOf(body)
-	if change.size != nil {
+	change := wire.SetattrOf(body)
+	if change.Size != nil {
 		if n.isDir() {
 			return nil, syscall.EISDIR
 		}
-		if errno := n.resize(*change.size); errno != 0 {
+		if errno := n.resize(*change.Size); errno != 0 {
 			return nil, errno
 		}
 	}
-	if change.mode != nil {
-		n.mode = n.mode&syscall.S_IFMT | *change.mode&0o7777
+	if change.Mode != nil {
+		n.mode = n.mode&syscall.S_IFMT | *change.Mode&0o7777
 	}
-	n.uid, n.gid = *cmp.Or(change.uid, &n.uid), *cmp.Or(change.gid, &n.gid)
-	for i, t := range change.times {
+	n.uid, n.gid = *cmp.Or(change.UID, &n.uid), *cmp.Or(change.GID, &n.gid)
+	for i, t := range change.Times {
 		if !t.IsZero() {
 			n.times[i] = t
 		}
 	}
 	n.times[2] = time.Now()
-	return attrOut(n), 0
+	return wire.AttrOut(n.attr()), 0
 }
 
 // maxSize is how large a file may become.
@@ -263,7 +285,7 @@ func (n *node) resize(size uint64) syscall.Errno {
 }
 
 func (fs *memFS) write(n *node, body []byte) ([]byte, syscall.Errno) {
-	offset, data := writeOf(body)
+	offset, data := wire.WriteOf(body)
 	end := offset + uint64(len(data))
 	if end < offset || end > maxSize {
 		return nil, syscall.EFBIG
@@ -275,5 +297,5 @@ func (fs *memFS) write(n *node, body []byte) ([]byte, syscall.Errno) {
 	}
 	copy(n.data[offset:], data)
 	n.touch()
-	return writeOut(len(data)), 0
+	return wire.WriteOut(len(data)), 0
 }

@@ -8,7 +8,7 @@
 //
 // It ends when it is unmounted, or by Ctrl-C, which unmounts it. It is an
 // example of a server on a session of package fuse: main.go serves, fs.go is the
-// file system, wire.go knows the layouts of requests and answers.
+// file system. The layouts of requests and answers are in examples/internal/wire.
 package main
 
 import (
