@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -23,7 +24,7 @@ const (
 	dataName = "data"
 )
 
-var data = make([]byte, dataSize)
+var data = bytes.Repeat([]byte("0123456789abcdef"), dataSize/16)
 
 // dataAttr is struct fuse_attr of the file.
 var dataAttr = func() []byte {

@@ -3,9 +3,11 @@ package fuse
 import (
 	"context"
 	"errors"
+	"os"
 	"runtime"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -150,6 +152,27 @@ func TestSuccessorKnowsTheProbe(t *testing.T) {
 		stop()
 		if ctx.Err() != nil {
 			t.Fatal("the probe is not forgotten")
+		}
+	}
+}
+
+// A buffer is in memory before it is used.
+func TestBuffersAreThere(t *testing.T) {
+	page := os.Getpagesize()
+	for range 3 {
+		b := newBuffer(4<<20, page)
+		start := uintptr(unsafe.Pointer(&b[0])) &^ uintptr(page-1)
+		pages := make([]byte, (len(b)-1)/page)
+		if _, _, errno := unix.Syscall(unix.SYS_MINCORE, start, uintptr(len(pages)*page), uintptr(unsafe.Pointer(&pages[0]))); errno != 0 {
+			t.Fatal(errno)
+		}
+		for i, p := range pages {
+			if p&1 == 0 {
+				t.Fatalf("page %d of %d is not there", i, len(pages))
+			}
+		}
+		if data := uintptr(unsafe.Pointer(&b[messageOverhead])); data%uintptr(page) != 0 || len(b) != 4<<20 || cap(b) != len(b) {
+			t.Errorf("data at %#x, %d bytes of %d", data, len(b), cap(b))
 		}
 	}
 }

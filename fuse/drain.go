@@ -36,7 +36,7 @@ func (s *Session) Drain(ctx context.Context) error {
 	d := s.startDrain()
 	// Whoever was about to read has either read, or sees the drain.
 	s.wake()
-	for _, device := range s.openDevices() {
+	for _, device := range s.Devices() {
 		device.gate.Lock()
 		device.gate.Unlock() //nolint:staticcheck // waiting is all
 	}

@@ -111,8 +111,9 @@ func (s *Session) object() string {
 // makes more.
 func (s *Session) Device() *Device { return s.device }
 
-// openDevices returns the devices that are open.
-func (s *Session) openDevices() []*Device {
+// Devices returns the devices that are open: what [Session.Clone] made, too, and
+// what a predecessor had (see [Adopt]). Each needs a reader of its own.
+func (s *Session) Devices() []*Device {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.devices)
@@ -199,7 +200,7 @@ func (s *Session) release() error {
 	if s.id != (MountID{}) && !handedOver {
 		err = s.unmountForGood()
 	}
-	for _, d := range s.openDevices() {
+	for _, d := range s.Devices() {
 		d.shut()
 	}
 	s.dropReturned(handedOver)
@@ -257,6 +258,9 @@ func (s *Session) newRequest(d *Device, h *fusewire.InHeader, message []byte) *R
 // smallAlignment is that of data in small messages: a block of most disks.
 const smallAlignment = 512
 
+// leastPage is the least that a page has.
+const leastPage = 4096
+
 func takeBuffer(free *[][]byte, size, alignment int) []byte {
 	if n := len(*free); n > 0 {
 		b := (*free)[n-1]
@@ -268,8 +272,15 @@ func takeBuffer(free *[][]byte, size, alignment int) []byte {
 
 // newBuffer returns memory for a message of up to size bytes, in which the data
 // of a WRITE is aligned, as files that are opened with O_DIRECT want it.
+//
+// All of it is there: a process that is killed while read(2) has to wait for a
+// page gets no further, and the kernel fails the request with EIO instead of
+// keeping it for a successor.
 func newBuffer(size, alignment int) []byte {
 	b := make([]byte, size+alignment)
+	for i := 0; i < len(b); i += leastPage {
+		b[i] = 0
+	}
 	data := uintptr(unsafe.Pointer(&b[0])) + messageOverhead
 	skip := int(-data % uintptr(alignment))
 	return b[skip : skip+size : skip+size]
@@ -315,7 +326,7 @@ func (s *Session) divert() { s.diverted.Store(s.drain != nil || len(s.returned) 
 
 // wake makes every reader look at diverted, and then read on.
 func (s *Session) wake() {
-	for _, d := range s.openDevices() {
+	for _, d := range s.Devices() {
 		d.file.SetReadDeadline(longAgo)
 	}
 }

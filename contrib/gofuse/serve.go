@@ -37,11 +37,17 @@ func (s *Server) Serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	run := &run{server: s, ctx: ctx, cancel: cancel, size: s.bufferSize(session.State())}
-	lanes := []*lane{{run: run, device: session.Device()}}
+	var lanes []*lane
+	for _, d := range session.Devices() {
+		lanes = append(lanes, &lane{run: run, device: d})
+	}
 	for len(lanes) < devices {
 		clone, err := session.Clone()
-		if err != nil {
+		if err != nil && len(lanes) > 0 {
 			break // one will do, and tells of the end
+		}
+		if err != nil {
+			return err
 		}
 		defer clone.Close()
 		lanes = append(lanes, &lane{run: run, device: clone})
