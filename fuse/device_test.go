@@ -23,9 +23,11 @@ import (
 //     server: it is what it does, and Close unmounts before it comes to that;
 //   - one descriptor mounted twice, or closed by number while it is used: a
 //     Session makes its own descriptor and shows nobody its number;
-//   - an answer through another clone, the original closed before a clone, a
-//     descriptor that is passed in, hand-over, a server that is killed with
-//     requests read: a Session has one Device and no Adopt;
+//   - an answer through another clone than the request came from: a Request
+//     answers through its own device;
+//   - INIT read by a clone: Mount has answered it before there can be one;
+//   - an os.File of Files that the collector closes: it is a descriptor among
+//     others, and the session has its own;
 //   - SYNC_INIT, splice, passthrough and io_uring are not used;
 //   - ENOMEM, EFAULT and ENOENT of read(2): they need a kernel that runs out of
 //     memory, a bad buffer, or an interrupt within a microsecond (the soak tests

@@ -25,6 +25,23 @@
 // kernel wrote it, and is answered with bytes. The layouts of both are in
 // include/uapi/linux/fuse.h; examples/memfs is a file system that knows them.
 //
+// # Several devices
+//
+// [Session.Clone] makes another device, with a reader of its own. The kernel has
+// one queue of requests for all of them. A request is answered through the device
+// that delivered it, which [Request.Reply] sees to, and INTERRUPT finds its
+// request through whatever device it comes. Two devices make large reads and
+// writes faster, and streams; more than two rarely make anything faster.
+//
+// # Hand-over
+//
+// [Session.Drain] brings a session to rest without unmounting: nothing is read
+// any more, and what was read is answered. Then either [Session.Resume] goes on, or
+// another process does, which gets [Session.Files] and [Session.State] and calls
+// [Adopt]. A process that only keeps the files lets the file system outlive a
+// server that is killed: from Linux 6.9 on, [Session.NotifyResend] brings back what that
+// had read. Clients notice a pause. examples/upgrade does both.
+//
 // # What a session does itself
 //
 // It answers INIT (see [Config] and [State]), and turns INTERRUPT into the end
@@ -36,9 +53,10 @@
 //
 //  1. Each request is delivered once, and answered once: a second answer, or one
 //     that cannot be, is refused here. No request is lost when a reader stops;
-//     the next one goes on with it.
+//     the next one goes on with it, in this process or in a successor.
 //  2. Ends have names: [ErrUnmounted], [ErrAborted], os.ErrClosed after
-//     [Session.Close], and the cause of a context. What happens first stays.
+//     [Session.Close], [ErrDrained], and the cause of a context. What happens
+//     first stays.
 //  3. Nothing is unmounted but the session's own mount, as far as the kernel
 //     lets one know ([Session.Unmount]).
 //  4. After Close nothing is left: no mount, descriptor, goroutine or process.

@@ -18,7 +18,7 @@ var (
 	// request took longer than allowed.
 	ErrAborted = errors.New("connection aborted")
 
-	// ErrDrained is what [Device.Next] returns from [Session.Drain] until
+	// ErrDrained is what [Device.Next] returns between [Session.Drain] and
 	// [Session.Resume].
 	ErrDrained = errors.New("session drained")
 )

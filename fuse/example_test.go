@@ -3,10 +3,13 @@ package fuse_test
 import (
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"log"
 	"os"
+	"os/exec"
 	"os/signal"
+	"sync"
 	"syscall"
 
 	"github.com/kernstream/kernstream"
@@ -89,4 +92,78 @@ func ExampleInitFlags() {
 	// Output:
 	// true readdirplus
 	// async_read|big_writes|do_readdirplus|parallel_dirops
+}
+
+// Two loops answer requests at the same time.
+func ExampleSession_Clone() {
+	ctx := context.Background()
+	session, err := fuse.Mount(ctx, &fuse.Config{MountPoint: "/mnt"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer session.Close()
+	if _, err := session.Clone(); err != nil {
+		log.Fatal(err)
+	}
+	var loops sync.WaitGroup
+	for _, d := range session.Devices() {
+		loops.Go(func() {
+			for r, err := range d.All(ctx) {
+				if err != nil {
+					fmt.Println(err)
+					return
+				}
+				r.ReplyErrno(syscall.ENOSYS)
+			}
+		})
+	}
+	loops.Wait()
+}
+
+// A newer version of the program goes on with the file system, and gets it as
+// open files of its own.
+func ExampleSession_Drain() {
+	ctx := context.Background()
+	session, err := fuse.Mount(ctx, &fuse.Config{MountPoint: "/mnt"})
+	if err != nil {
+		log.Fatal(err)
+	}
+	// ... and after a while of serving:
+	if err := session.Drain(ctx); err != nil {
+		log.Fatal(err)
+	}
+	files, err := session.Files()
+	if err != nil {
+		log.Fatal(err)
+	}
+	state, err := json.Marshal(session.State())
+	if err != nil {
+		log.Fatal(err)
+	}
+	successor := exec.Command("/usr/bin/newer", string(state))
+	successor.ExtraFiles = files // descriptors 3, 4, ...
+	if err := successor.Start(); err != nil {
+		session.Resume() // and go on serving
+		return
+	}
+	session.Close() // the file system stays mounted
+}
+
+// The successor: what it was given becomes a session like any other.
+func ExampleAdopt() {
+	var state fuse.State
+	if err := json.Unmarshal([]byte(os.Args[1]), &state); err != nil {
+		log.Fatal(err)
+	}
+	session, err := fuse.Adopt([]*os.File{os.NewFile(3, "/dev/fuse")}, state)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer session.Close()
+	for r, err := range session.Device().All(context.Background()) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		r.ReplyErrno(syscall.ENOSYS)
+	}
 }
