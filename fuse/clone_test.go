@@ -147,9 +147,9 @@ func TestCloseOfADeviceWithRequestsInHand(t *testing.T) {
 	l := newLab(t, nil)
 	d := l.clone()
 	before := descriptors(t)
-	a, b := newClient(t).start("stat", l.path("a")), func() error { return nil }
+	a := newClient(t).start("stat", l.path("a"))
 	first := l.nextOf(d, lookup("a"))
-	b = newClient(t).start("stat", l.path("b"))
+	b := newClient(t).start("stat", l.path("b"))
 	second := l.nextOf(d, lookup("b"))
 	for range 2 {
 		if err := within(t, "Close", d.Close); err != nil {

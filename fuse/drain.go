@@ -34,17 +34,8 @@ type drain struct {
 // [ErrAborted] or os.ErrClosed.
 func (s *Session) Drain(ctx context.Context) error {
 	d := s.startDrain()
-	// Whoever was about to read has either read, or sees the drain.
 	s.wake()
-	for _, device := range s.Devices() {
-		device.gate.Lock()
-		device.gate.Unlock() //nolint:staticcheck // waiting is all
-	}
-	s.mu.Lock()
-	d.stopped = true
-	s.settle()
-	s.mu.Unlock()
-
+	s.stopReaders(d)
 	select {
 	case <-d.quiet:
 		if s.life.Err() != nil || s.connectionGone() {
@@ -69,6 +60,19 @@ func (s *Session) startDrain() *drain {
 		s.stopReading()
 	}
 	return s.drain
+}
+
+// stopReaders waits until whoever was about to read has either read, or seen the
+// drain.
+func (s *Session) stopReaders(d *drain) {
+	for _, device := range s.Devices() {
+		device.gate.Lock()
+		defer device.gate.Unlock()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d.stopped = true
+	s.settle()
 }
 
 // settle ends the waiting of Drain if nothing is in hand that somebody was given.
