@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 	"unsafe"
@@ -175,4 +176,136 @@ func TestBuffersAreThere(t *testing.T) {
 			t.Errorf("data at %#x, %d bytes of %d", data, len(b), cap(b))
 		}
 	}
+}
+
+// stated lets a thread look a name up, and returns when a request waits to be
+// read.
+func stated(t *testing.T, s *Session) (wait func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		var st unix.Stat_t
+		unix.Stat(s.config.MountPoint+"/x", &st)
+	}()
+	fd, ok := s.device.file.Pin()
+	if !ok {
+		t.Fatal("closed")
+	}
+	defer s.device.file.Unpin()
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for n := 0; n == 0; {
+		var err error
+		if n, err = unix.Poll(fds, int(patience.Milliseconds())); err != nil && err != unix.EINTR || n == 0 && err == nil {
+			t.Fatalf("nothing to read: %v", err)
+		}
+	}
+	return func() { <-done }
+}
+
+// A reader that was about to read when the session was drained does not read.
+func TestDrainBeforeTheGate(t *testing.T) {
+	s := mounted(t)
+	wait := stated(t, s)
+	s.device.gate.Lock()
+	result := make(chan error, 1)
+	go func() {
+		_, err := s.device.Next(context.Background())
+		result <- err
+	}()
+	time.Sleep(20 * time.Millisecond) // it waits at the gate
+	s.startDrain()
+	s.device.gate.Unlock()
+	select {
+	case err := <-result:
+		if err != ErrDrained {
+			t.Errorf("Next: %v", err)
+		}
+	case <-time.After(patience):
+		t.Fatal("Next does not return")
+	}
+	if n := s.Outstanding(); n != 0 {
+		t.Errorf("%d requests were read", n)
+	}
+	s.Resume()
+	s.Close()
+	wait()
+}
+
+// Drain waits for a reader that has a message and has not entered it.
+func TestDrainWaitsAtTheGate(t *testing.T) {
+	s := mounted(t)
+	wait := stated(t, s)
+	s.device.gate.Lock()
+	if done, err := s.device.readNow(); !done || err != nil {
+		t.Fatalf("%v, %v", done, err)
+	}
+	drained := make(chan error, 1)
+	go func() { drained <- s.Drain(context.Background()) }()
+	select {
+	case err := <-drained:
+		t.Errorf("Drain returns %v before it knows of a request", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	r, err := s.device.accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.device.gate.Unlock()
+	select {
+	case err := <-drained:
+		t.Errorf("Drain returns %v while a request is in hand", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	r.ReplyErrno(unix.ENOENT)
+	if err := <-drained; err != nil {
+		t.Errorf("Drain: %v", err)
+	}
+	wait()
+}
+
+// hookedContext calls hook when a reader asks what would wake it.
+type hookedContext struct {
+	context.Context
+	hook func()
+}
+
+func (c hookedContext) Done() <-chan struct{} {
+	c.hook()
+	return c.Context.Done()
+}
+
+// A drain that comes while a reader lifts the deadline of another context is
+// seen.
+func TestDrainWhileADeadlineIsLifted(t *testing.T) {
+	s := mounted(t)
+	d := s.device
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(10*time.Millisecond, cancel)
+	if _, err := d.Next(ctx); err != context.Canceled {
+		t.Fatalf("Next: %v", err)
+	}
+	// The deadline of ctx holds until another context comes.
+	next, stop := context.WithCancel(t.Context())
+	defer stop()
+	drain := sync.OnceFunc(func() {
+		s.startDrain()
+		s.wake()
+	})
+	result := make(chan error, 1)
+	go func() {
+		_, err := d.Next(hookedContext{next, drain})
+		result <- err
+	}()
+	select {
+	case err := <-result:
+		if err != ErrDrained {
+			t.Errorf("Next: %v", err)
+		}
+	case <-time.After(patience):
+		t.Error("the reader does not see the drain")
+		stop()
+		<-result
+	}
+	s.Resume()
 }

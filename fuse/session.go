@@ -203,7 +203,7 @@ func (s *Session) release() error {
 	for _, d := range s.Devices() {
 		d.shut()
 	}
-	s.dropReturned(handedOver)
+	s.dropReturned()
 	if s.helper != nil {
 		s.helper.leave(handedOver)
 	}
@@ -212,19 +212,15 @@ func (s *Session) release() error {
 	return err
 }
 
-// dropReturned closes the requests that nobody was given. Those of a session
-// that was handed over are the successor's.
-func (s *Session) dropReturned(handedOver bool) {
+// dropReturned lets go of the requests that nobody was given. The devices are
+// closed, so they are not answered: they may be a successor's.
+func (s *Session) dropReturned() {
 	s.mu.Lock()
 	list := s.returned
 	s.returned = nil
 	s.mu.Unlock()
 	for _, r := range list {
-		if handedOver {
-			r.finish()
-		} else {
-			r.Close()
-		}
+		r.Close()
 	}
 }
 
