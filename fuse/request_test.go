@@ -295,7 +295,7 @@ func TestInterruptStorm(t *testing.T) {
 			}
 		}
 	}()
-	if err := within(t, "the client", func() error { return c.do("stats", l.dir, "2000") }); err != nil {
+	if err := within(t, "the client", func() error { return c.do("stats", l.dir, "500") }); err != nil {
 		t.Error(err)
 	}
 }

@@ -210,6 +210,9 @@ func identify(fd int) (id MountID, err error) {
 // Abort aborts the connection: every client that waits for an answer gets
 // ECONNABORTED, every later one ENOTCONN, and the session ends by [ErrAborted].
 // The file system stays mounted, dead, until it is unmounted.
+//
+// Who is not root cannot abort a session whose [Session.Files] somebody else
+// has: the devices are closed then, and the others go on.
 func (s *Session) Abort() error {
 	if s.life.Err() != nil {
 		return nil
