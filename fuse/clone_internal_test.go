@@ -34,7 +34,7 @@ func mounted(t *testing.T) *Session {
 	return s
 }
 
-const patience = 20 * time.Second
+const patience = testenv.Patience
 
 // An INTERRUPT may be read before the reader of another device has entered its
 // request: it is sent again then, until there is somebody to be told.

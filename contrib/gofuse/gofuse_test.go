@@ -26,8 +26,7 @@ import (
 
 func TestMain(m *testing.M) { testenv.MainInNamespace(m) }
 
-// patience is how long a test waits for what must happen.
-const patience = 20 * time.Second
+const patience = testenv.Patience
 
 // A lab is a file system of go-fuse on a session, which is served.
 type lab struct {

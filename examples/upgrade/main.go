@@ -164,7 +164,7 @@ func accept(listener *net.UnixListener, successors chan<- *net.UnixConn) {
 }
 
 // patience is how long either side of a hand-over waits for the other.
-const patience = 10 * time.Second
+const patience = 30 * time.Second
 
 // patiently returns a context for one side of a hand-over.
 func patiently() (context.Context, context.CancelFunc) {

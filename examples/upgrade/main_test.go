@@ -25,9 +25,6 @@ import (
 
 func TestMain(m *testing.M) { testenv.MainInNamespace(m) }
 
-// testPatience is how long a test waits for what must happen.
-const testPatience = 30 * time.Second
-
 func init() {
 	testenv.RegisterChild("upgrade", func(args []string) int {
 		// A keeper starts this program again, as what it is.
@@ -110,7 +107,7 @@ func (s *server) serving() {
 		if n, err := fmt.Sscanf(text, "serving %d\n", &s.pid); n != 1 {
 			s.t.Fatalf("the server says %q: %v", text, err)
 		}
-	case <-time.After(testPatience):
+	case <-time.After(testenv.Patience):
 		s.t.Fatal("the server does not serve")
 	}
 }
@@ -118,7 +115,7 @@ func (s *server) serving() {
 // wait waits until the server has ended, well.
 func (s *server) wait() {
 	s.t.Helper()
-	kill := time.AfterFunc(testPatience, func() { s.cmd.Process.Kill() })
+	kill := time.AfterFunc(testenv.Patience, func() { s.cmd.Process.Kill() })
 	defer kill.Stop()
 	if err := s.cmd.Wait(); err != nil {
 		s.t.Errorf("the server ends: %v", err)
@@ -154,7 +151,7 @@ func (l *lab) client() *client {
 func (c *client) finish() {
 	c.t.Helper()
 	c.in.Close()
-	kill := time.AfterFunc(testPatience, func() { c.cmd.Process.Kill() })
+	kill := time.AfterFunc(testenv.Patience, func() { c.cmd.Process.Kill() })
 	defer kill.Stop()
 	text, _ := io.ReadAll(c.out)
 	if err := c.cmd.Wait(); err != nil {
