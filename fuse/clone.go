@@ -145,7 +145,7 @@ func (s *Session) interruptLater(unique uint64) {
 	const interruptBit = 1 // what the kernel adds to the number of the request
 	var header [fusewire.OutHeaderSize]byte
 	fusewire.PutOutHeader(&header, len(header), int(unix.EAGAIN), unique|interruptBit)
-	for _, d := range s.Devices() {
+	for _, d := range s.openDevices() {
 		if err := d.write(&header, nil); !errors.Is(err, syscall.ENOENT) {
 			runtime.Gosched() // to the one who enters it
 			return

@@ -159,6 +159,9 @@ func TestCloseOfADeviceWithRequestsInHand(t *testing.T) {
 	if _, err := d.Next(t.Context()); err != os.ErrClosed {
 		t.Errorf("Next of a closed device: %v", err)
 	}
+	if list := l.s.Devices(); len(list) != 1 || list[0] != l.s.Device() {
+		t.Errorf("%d devices can be read", len(list))
+	}
 	for range d.All(t.Context()) {
 		t.Error("a loop over a closed device has a turn")
 	}

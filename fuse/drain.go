@@ -65,7 +65,7 @@ func (s *Session) startDrain() *drain {
 // stopReaders waits until whoever was about to read has either read, or seen the
 // drain.
 func (s *Session) stopReaders(d *drain) {
-	for _, device := range s.Devices() {
+	for _, device := range s.openDevices() {
 		device.gate.Lock()
 		defer device.gate.Unlock()
 	}

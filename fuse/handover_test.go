@@ -640,3 +640,32 @@ func TestHandOverWithRequestsInHand(t *testing.T) {
 		t.Errorf("stat: %v", err)
 	}
 }
+
+// TestParityU12MountAgain: what was unmounted is mounted again by its
+// configuration.
+func TestParityU12MountAgain(t *testing.T) {
+	l := newLab(t, &fuse.Config{FSName: "again", Subtype: "parity"})
+	for range 3 {
+		if err := l.s.Unmount(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		config := l.s.Config()
+		s, err := fuse.Mount(t.Context(), &config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.s = s
+		l.clone()
+		l.serve(basic)
+		if text, err := newClient(t).ask("read", l.path(fileName)); text != content || err != nil {
+			t.Errorf("read %q, %v", text, err)
+		}
+		if row := mountLine(t, l.dir); !strings.Contains(row, " - fuse.parity again ") {
+			t.Errorf("the mount table has %q", row)
+		}
+	}
+	l.s.Close()
+}

@@ -111,9 +111,14 @@ func (s *Session) object() string {
 // makes more.
 func (s *Session) Device() *Device { return s.device }
 
-// Devices returns the devices that are open: what [Session.Clone] made, too, and
+// Devices returns the devices that can be read: what [Session.Clone] made, too, and
 // what a predecessor had (see [Adopt]). Each needs a reader of its own.
 func (s *Session) Devices() []*Device {
+	return slices.DeleteFunc(s.openDevices(), func(d *Device) bool { return d.leaving.Load() })
+}
+
+// openDevices returns the devices whose descriptors are open.
+func (s *Session) openDevices() []*Device {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.devices)
@@ -200,7 +205,7 @@ func (s *Session) release() error {
 	if s.id != (MountID{}) && !handedOver {
 		err = s.unmountForGood()
 	}
-	for _, d := range s.Devices() {
+	for _, d := range s.openDevices() {
 		d.shut()
 	}
 	s.dropReturned()
@@ -322,7 +327,7 @@ func (s *Session) divert() { s.diverted.Store(s.drain != nil || len(s.returned) 
 
 // wake makes every reader look at diverted, and then read on.
 func (s *Session) wake() {
-	for _, d := range s.Devices() {
+	for _, d := range s.openDevices() {
 		d.file.SetReadDeadline(longAgo)
 	}
 }

@@ -221,7 +221,7 @@ func (s *Session) Abort() error {
 		// It takes root, or a mounted fusectl. The kernel aborts, too, when
 		// nobody has the device open any more.
 		s.end(ErrAborted)
-		for _, d := range s.Devices() {
+		for _, d := range s.openDevices() {
 			d.file.Close()
 		}
 		return nil

@@ -36,7 +36,7 @@ func (s *Server) Serve(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	run := &run{server: s, ctx: ctx, cancel: cancel, size: s.bufferSize(session.State())}
+	run := &run{server: s, session: session, ctx: ctx, cancel: cancel, size: s.bufferSize(session.State())}
 	var lanes []*lane
 	for _, d := range session.Devices() {
 		lanes = append(lanes, &lane{run: run, device: d})
@@ -79,6 +79,7 @@ func ended(session *fuse.Session) bool {
 // A run is a call of Serve.
 type run struct {
 	server   *Server
+	session  *fuse.Session
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	size     int // of a buffer
@@ -145,6 +146,9 @@ func (w *worker) loop() {
 	run := w.lane.run
 	for number := uint64(1); ; number++ {
 		r, err := w.lane.device.Next(run.ctx)
+		if err == os.ErrClosed && !ended(run.session) {
+			return // the device was closed, and nothing else
+		}
 		if err != nil {
 			run.end(err)
 			return
@@ -179,6 +183,7 @@ func (s *Server) handle(r *fuse.Request, w *worker) {
 		r.Close() // there is no answer
 	case n < outSize:
 		r.ReplyErrno(syscall.Errno(status))
+		r.Close() // if it has no answer
 	case order.Uint32(w.buffer[4:]) != 0:
 		r.ReplyErrno(syscall.Errno(-int32(order.Uint32(w.buffer[4:]))))
 	default:
