@@ -38,17 +38,19 @@ func (s *Session) Drain(ctx context.Context) error {
 	s.stopReaders(d)
 	select {
 	case <-d.quiet:
-		if s.life.Err() != nil || s.connectionGone() {
-			return fuseError("drain", s.object(), s.ended())
-		}
-		return nil
 	case <-d.resumed:
 		return fuseError("drain", s.object(), errors.New("the session was resumed"))
 	case <-s.closing.Done():
 		return fuseError("drain", s.object(), s.ended())
 	case <-ctx.Done():
-		return fuseError("drain", s.object(), fmt.Errorf("%s: %w", s.leftInHand(), context.Cause(ctx)))
+		if !d.settled() {
+			return fuseError("drain", s.object(), fmt.Errorf("%s: %w", s.leftInHand(), context.Cause(ctx)))
+		}
 	}
+	if s.life.Err() != nil || s.connectionGone() {
+		return fuseError("drain", s.object(), s.ended())
+	}
+	return nil
 }
 
 func (s *Session) startDrain() *drain {

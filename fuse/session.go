@@ -213,7 +213,9 @@ func (s *Session) release() error {
 		s.helper.leave(handedOver)
 	}
 	s.place.close()
+	s.mu.Lock()
 	s.stopReading()
+	s.mu.Unlock()
 	return err
 }
 
