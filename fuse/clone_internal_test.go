@@ -203,40 +203,11 @@ func stated(t *testing.T, s *Session) (wait func()) {
 	return func() { <-done }
 }
 
-// A reader that was about to read when the session was drained does not read.
-func TestDrainBeforeTheGate(t *testing.T) {
-	s := mounted(t)
-	wait := stated(t, s)
-	s.device.gate.Lock()
-	result := make(chan error, 1)
-	go func() {
-		_, err := s.device.Next(context.Background())
-		result <- err
-	}()
-	time.Sleep(20 * time.Millisecond) // it waits at the gate
-	s.startDrain()
-	s.device.gate.Unlock()
-	select {
-	case err := <-result:
-		if err != ErrDrained {
-			t.Errorf("Next: %v", err)
-		}
-	case <-time.After(patience):
-		t.Fatal("Next does not return")
-	}
-	if n := s.Outstanding(); n != 0 {
-		t.Errorf("%d requests were read", n)
-	}
-	s.Resume()
-	s.Close()
-	wait()
-}
-
 // Drain waits for a reader that has a message and has not entered it.
-func TestDrainWaitsAtTheGate(t *testing.T) {
+func TestDrainWaitsForTheReader(t *testing.T) {
 	s := mounted(t)
 	wait := stated(t, s)
-	s.device.gate.Lock()
+	s.device.reader.Lock()
 	if done, err := s.device.readNow(); !done || err != nil {
 		t.Fatalf("%v, %v", done, err)
 	}
@@ -251,7 +222,7 @@ func TestDrainWaitsAtTheGate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.device.gate.Unlock()
+	s.device.reader.Unlock()
 	select {
 	case err := <-drained:
 		t.Errorf("Drain returns %v while a request is in hand", err)

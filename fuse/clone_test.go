@@ -268,6 +268,35 @@ func TestCloseOfADeviceEndsItsReader(t *testing.T) {
 	}
 }
 
+// A device that is closed is only that, whoever asks it for what: the session goes
+// on.
+func TestClosedDevice(t *testing.T) {
+	l := newLab(t, nil)
+	d := l.clone()
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	done, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, ctx := range []context.Context{t.Context(), done} {
+		for _, reader := range readers {
+			err := within(t, reader.name, func() error { return reader.read(ctx, d, basic) })
+			if err != nil && err != os.ErrClosed {
+				t.Errorf("%s: %v", reader.name, err)
+			}
+		}
+	}
+	select {
+	case <-l.s.Done():
+		t.Fatalf("the session has ended: %v", context.Cause(t.Context()))
+	default:
+	}
+	l.serve(basic)
+	if text, err := newClient(t).ask("read", l.path(fileName)); text != content || err != nil {
+		t.Errorf("read %q, %v", text, err)
+	}
+}
+
 // The first device is one among others: it can be closed while there are others.
 // The last one cannot.
 func TestFirstAndLastDevice(t *testing.T) {

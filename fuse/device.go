@@ -35,10 +35,10 @@ type Device struct {
 	stop    context.CancelFunc
 	leaving atomic.Bool // Close was called
 
-	reader sync.Mutex // held by who reads, and guards what follows
-	// Held from before a reader looks whether it may read, until what it read is
-	// entered in the session's books.
-	gate sync.Mutex
+	// Held by who reads, from before it looks whether it may until what it read is
+	// entered in the session's books; by a stream for its life. Guards what
+	// follows.
+	reader sync.Mutex
 
 	wait func() error // waits for a message and reads it into buf
 	buf  []byte
@@ -125,7 +125,7 @@ func (d *Device) All(ctx context.Context) iter.Seq2[*Request, error] {
 // small requests (see README).
 func (d *Device) Requests(ctx context.Context) *kernstream.Stream[*Request] {
 	if !d.reader.TryLock() {
-		return kernstream.NewStream(ctx, func(context.Context, func(*Request) bool) error { return d.busy() })
+		return kernstream.NewStream(ctx, func(context.Context, func(*Request) bool) error { return d.streamEnd(d.busy()) })
 	}
 	// A device that is closed, and a session that is drained, do not wait for a
 	// consumer that does not receive.
@@ -163,7 +163,18 @@ func (d *Device) streamEnd(err error) error {
 	return err
 }
 
+// busy returns why a caller is not the reader. Whoever ends or drains the
+// session, or closes the device, is one for a moment.
 func (d *Device) busy() error {
+	s := d.session
+	switch {
+	case s.life.Err() != nil:
+		return context.Cause(s.life)
+	case d.leaving.Load():
+		return os.ErrClosed
+	case s.drained():
+		return ErrDrained
+	}
 	return fuseError("read", d.session.object(), fmt.Errorf("another goroutine reads the device: %w", unix.EBUSY))
 }
 
@@ -171,13 +182,13 @@ func (d *Device) busy() error {
 func (d *Device) next(ctx context.Context) (*Request, error) {
 	for {
 		switch {
+		case d.leaving.Load():
+			return nil, os.ErrClosed
 		case ctx.Err() != nil:
 			if d.connectionGone() {
 				return nil, d.end(d.buf)
 			}
 			return nil, context.Cause(ctx)
-		case d.leaving.Load():
-			return nil, os.ErrClosed
 		case d.session.diverted.Load():
 			r, err := d.session.takeReturned()
 			if err == ErrDrained && d.connectionGone() {
@@ -197,8 +208,6 @@ func (d *Device) next(ctx context.Context) (*Request, error) {
 // nextMessage reads one message. It returns nothing if that was for the session
 // itself, or if there is something to look at before anything is read.
 func (d *Device) nextMessage(ctx context.Context) (*Request, error) {
-	d.gate.Lock()
-	defer d.gate.Unlock()
 	switch err := d.read(ctx); {
 	case err == nil:
 		return d.accept()
@@ -219,14 +228,8 @@ func (d *Device) nextMessage(ctx context.Context) (*Request, error) {
 // errLook says that there is something to look at instead of reading.
 var errLook = errors.New("look before you read")
 
-// mayRead tells whether there is nothing to look at before anything is read.
-func (d *Device) mayRead() bool { return !d.session.diverted.Load() && !d.leaving.Load() }
-
 // read reads a message into d.buf.
 func (d *Device) read(ctx context.Context) error {
-	if !d.mayRead() {
-		return errLook
-	}
 	if d.armed == nil && ctx.Done() != nil || d.armed != nil && d.armed.Done() != ctx.Done() {
 		// What is there already needs nobody to wake the reader.
 		if done, err := d.readNow(); done || err != nil {
@@ -234,7 +237,7 @@ func (d *Device) read(ctx context.Context) error {
 		}
 		d.arm(ctx)
 		// That may have lifted a deadline which was to wake this reader.
-		if !d.mayRead() {
+		if d.session.diverted.Load() || d.leaving.Load() {
 			return errLook
 		}
 	}

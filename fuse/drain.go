@@ -53,6 +53,13 @@ func (s *Session) Drain(ctx context.Context) error {
 	return nil
 }
 
+// drained tells whether nothing is to be read.
+func (s *Session) drained() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.drain != nil
+}
+
 func (s *Session) startDrain() *drain {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -64,12 +71,12 @@ func (s *Session) startDrain() *drain {
 	return s.drain
 }
 
-// stopReaders waits until whoever was about to read has either read, or seen the
-// drain.
+// stopReaders waits until nobody reads: whoever was about to has either read, or
+// seen the drain.
 func (s *Session) stopReaders(d *drain) {
 	for _, device := range s.openDevices() {
-		device.gate.Lock()
-		defer device.gate.Unlock()
+		device.reader.Lock()
+		defer device.reader.Unlock()
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

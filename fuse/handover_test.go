@@ -170,8 +170,11 @@ func TestHandOverOfTheUndelivered(t *testing.T) {
 // If the successor fails, the predecessor goes on, and unmounts at its end.
 func TestHandOverThatFails(t *testing.T) {
 	l := newLab(t, nil)
-	l.serve(basic)
+	wait := l.serve(basic)
 	l.drained()
+	if err := wait(); err != nil {
+		t.Errorf("the loop ended by %v", err)
+	}
 	files, state := l.files(), l.s.State()
 	state.Undelivered = []fuse.Undelivered{{Device: 7}}
 	if _, err := fuse.Adopt(files, state); !errors.Is(err, unix.EINVAL) {
