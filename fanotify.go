@@ -1,7 +1,6 @@
 package kernstream
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -32,8 +32,30 @@ import (
 // FileOptions say what a watcher reports about each event. The zero value is
 // what works for every user.
 type FileOptions struct {
+	// Class says whether events wait for an answer. The other classes than
+	// ClassNotification need CAP_SYS_ADMIN; see the part about permission events
+	// in WatchFiles.
+	Class FileClass
+
+	// Deadline is how long an operation may wait for an answer, from when its
+	// event was read; 0 is 5 seconds, NoDeadline none. Default is the answer
+	// that it then gets, and whenever else nobody answers: the zero Response
+	// denies. At most MaxPending events are held at a time, that is, wait for
+	// their answer, or have got Default while the consumer has them and were not
+	// closed; beyond that, Default is the answer at once. 0 is half of the
+	// descriptors that the process may have (RLIMIT_NOFILE).
+	//
+	// These and Audit, which asks for responses that the kernel's audit log
+	// tells of (CAP_AUDIT_WRITE), do not go together with ClassNotification.
+	Deadline   time.Duration
+	Default    Response
+	MaxPending int
+	Audit      bool
+
 	// Group is a fanotify group that was made elsewhere, with its marks. It
-	// must be of the notification class. If the constructor succeeds, it takes
+	// must be of the class Class, and unless Default allows, have
+	// FAN_UNLIMITED_QUEUE if events wait for an answer: the kernel allows what
+	// its queue has no room for. If the constructor succeeds, it takes
 	// the group over and closes the file; otherwise that stays the caller's.
 	// Nobody else may read from it. What the group reports was decided when
 	// it was made.
@@ -72,14 +94,14 @@ func (o *FileOptions) check() error {
 	allowed := unix.O_ACCMODE | unix.O_APPEND | unix.O_NONBLOCK | unix.O_SYNC | unix.O_DSYNC | unix.O_CLOEXEC | unix.O_LARGEFILE | unix.O_NOATIME
 	odd := o.EventFlags &^ allowed
 	switch {
-	case o.EventFlags != 0 && !o.Descriptors:
+	case o.EventFlags != 0 && !o.Descriptors && !o.Class.asks():
 		return errCannot("EventFlags are for descriptors: set Descriptors, too")
 	case o.EventFlags&unix.O_ACCMODE == unix.O_ACCMODE:
 		return errCannot("EventFlags: O_WRONLY and O_RDWR are both set")
 	case odd != 0:
 		return errCannot("EventFlags: the kernel does not open files of events with %s", openFlagNames(odd))
 	}
-	return nil
+	return o.checkClass()
 }
 
 // openFlagNames names flags of open(2) that are not for events.
@@ -163,7 +185,11 @@ func WatchFiles(ctx context.Context, options *FileOptions, marks ...Mark) (*File
 		return nil, err
 	}
 	w := &FileWatcher{watch: watch}
-	w.Stream = newStream(ctx, fileBuffer, func(ctx context.Context, r *run[*FileEvent]) error {
+	buffer := fileBuffer
+	if watch.access != nil {
+		buffer = 0 // what is delivered is received, and can be answered
+	}
+	w.Stream = newStream(ctx, buffer, func(ctx context.Context, r *run[*FileEvent]) error {
 		return watch.run(ctx, r.c)
 	})
 	return w, nil
@@ -199,6 +225,17 @@ func (w *FileWatcher) Drain() error { return w.watch.startDrain() }
 // descriptor. After the end of the stream the error Is os.ErrClosed.
 func (w *FileWatcher) Control(use func(fd int)) error { return w.watch.control(use) }
 
+// Defaulted returns how many operations have got the default answer, because
+// nobody answered in time, or more than MaxPending waited, or the event was
+// closed without an answer, or the stream has ended. It is final once C is
+// closed, but for events that the consumer had: these are answered by then.
+func (w *FileWatcher) Defaulted() uint64 {
+	if w.watch.access == nil {
+		return 0
+	}
+	return w.watch.access.defaulted.Load()
+}
+
 // A fileWatch is what is behind a FileWatcher: its groups, its marks, and what
 // runs.
 type fileWatch struct {
@@ -211,7 +248,8 @@ type fileWatch struct {
 	drain   context.Context    // done when the readers are to end with the queue
 	empty   context.CancelFunc // ends drain
 
-	blocking bool // an adopted group was, when it came
+	blocking bool        // an adopted group was, when it came
+	access   *accessList // nil: no event waits for an answer
 
 	mu     sync.Mutex
 	closed bool
@@ -251,10 +289,16 @@ func newFileWatch(options *FileOptions, marks []Mark) (_ *fileWatch, err error) 
 	if w.systems, err = newFileSystems(); err != nil {
 		return nil, err
 	}
+	if w.options.Class.asks() {
+		enterAskers()
+	}
 	if err = w.begin(marks); err == nil {
 		err = w.add(marks)
 	}
 	if err != nil {
+		if w.options.Group == nil {
+			w.endAsking() // of marks that were set
+		}
 		w.giveBack()
 		w.close()
 		return nil, err
@@ -271,7 +315,7 @@ func (w *fileWatch) begin(marks []Mark) (err error) {
 	switch {
 	case w.options.Group != nil:
 		g, w.blocking, err = adoptGroup(w.options.Group, &w.options)
-	case w.options.Descriptors:
+	case w.options.Descriptors || w.options.Class.asks():
 		g, err = newDescriptorGroup(&w.options)
 	default:
 		files := len(marks) == 0
@@ -285,6 +329,11 @@ func (w *fileWatch) begin(marks []Mark) (err error) {
 	}
 	w.first = g.via
 	w.use(g)
+	if w.options.Class.asks() {
+		if w.access, err = newAccessList(g, g.flags, &w.options); err != nil {
+			return err
+		}
+	}
 	if w.options.Group != nil {
 		return w.adoptMarks(g)
 	}
@@ -330,6 +379,7 @@ func (w *fileWatch) run(ctx context.Context, c chan<- *FileEvent) error {
 		stop()
 	}
 	w.readers.Wait()
+	w.endAsking()
 	select {
 	case err = <-w.failed: // before, or because of nothing but itself
 	default:
@@ -347,6 +397,10 @@ func (w *fileWatch) start(g *fileGroup) {
 		return
 	}
 	ctx, c := w.ctx, w.c
+	if w.access != nil {
+		w.startAsking(g)
+		return
+	}
 	r := &fileReader{group: g, drain: w.drain, paths: newPathCache(w.systems), send: func(e *FileEvent) bool { return offer(ctx, c, e) }}
 	w.readers.Go(func() {
 		switch err := r.run(ctx); {
@@ -360,6 +414,9 @@ func (w *fileWatch) start(g *fileGroup) {
 
 // close lets go of everything.
 func (w *fileWatch) close() {
+	if w.options.Class.asks() {
+		defer leaveAskers()
+	}
 	var fds []int
 	for _, g := range w.groups {
 		if g != nil {
@@ -446,7 +503,7 @@ func (w *fileWatch) addOne(m *Mark, undo *[]func()) (target *markTarget, err err
 	if target, err = m.target(w.systems.readlink); err != nil {
 		return nil, err
 	}
-	descriptor := m.Ops & opDescriptor
+	descriptor := m.Ops & w.options.Class.ops()
 	if w.first == ViaHandle {
 		err := w.set(ViaHandle, m, m.Ops, target, undo)
 		switch {
@@ -587,12 +644,8 @@ func (w *fileWatch) flush(t MarkType) error {
 		if g == nil {
 			continue
 		}
-		var err error
-		cerr := g.file.Control(func(fd int) {
-			err = unix.FanotifyMark(fd, unix.FAN_MARK_FLUSH|t.flags(), 0, unix.AT_FDCWD, "/")
-		})
-		if err = cmp.Or(cerr, err); err != nil {
-			return fileError("fanotify_mark", "", os.NewSyscallError("fanotify_mark", err))
+		if err := g.flush(t); err != nil {
+			return fileError("fanotify_mark", "", err)
 		}
 	}
 	for id := range w.marks {

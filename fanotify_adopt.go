@@ -24,7 +24,7 @@ func adoptGroup(file *os.File, options *FileOptions) (g *fileGroup, blocking boo
 	fd, mode := -1, 0
 	var flags uint
 	cerr := conn.Control(func(own uintptr) {
-		if flags, err = groupFlags(int(own)); err != nil {
+		if flags, err = groupFlags(int(own), options); err != nil {
 			return
 		}
 		if mode, err = unix.FcntlInt(own, unix.F_GETFL, 0); err == nil {
@@ -43,16 +43,22 @@ func adoptGroup(file *os.File, options *FileOptions) (g *fileGroup, blocking boo
 }
 
 // groupFlags returns the flags that a group was made with, from its fdinfo
-// (proc_pid_fdinfo(5)).
-func groupFlags(fd int) (uint, error) {
+// (proc_pid_fdinfo(5)), if they go together with the options.
+func groupFlags(fd int, options *FileOptions) (uint, error) {
 	for _, line := range groupLines(fd) {
 		var flags, eventFlags uint
 		if n, _ := fmt.Sscanf(line, "fanotify flags:%x event-flags:%x", &flags, &eventFlags); n != 2 {
 			continue
 		}
 		switch {
-		case flags&(unix.FAN_CLASS_CONTENT|unix.FAN_CLASS_PRE_CONTENT) != 0:
-			return 0, errCannot("the events of a group of this class wait for an answer")
+		case classOf(flags) != options.Class && classOf(flags).asks():
+			return 0, errCannot("the events of the group wait for an answer: Class must be %v", classOf(flags))
+		case classOf(flags) != options.Class:
+			return 0, errCannot("the group is of class %v", classOf(flags))
+		case options.Class.asks() && flags&unix.FAN_UNLIMITED_QUEUE == 0 && !options.Default.Allow:
+			return 0, errCannot("the kernel allows what the queue of the group has no room for, and Default denies: it needs FAN_UNLIMITED_QUEUE")
+		case options.Audit && flags&unix.FAN_ENABLE_AUDIT == 0:
+			return 0, errCannot("the group was made without FAN_ENABLE_AUDIT, and Audit asks for it")
 		case flags&unix.FAN_REPORT_MNT != 0:
 			return 0, errCannot("a group of mount namespaces: see WatchMounts")
 		}

@@ -44,6 +44,9 @@ type FileEvent struct {
 	PID int
 	TID int
 
+	Offset uint64 // with OpPreAccess: where the range begins that is to be accessed, in bytes
+	Length uint64 // with OpPreAccess: its length; the kernel names whole pages
+
 	Errno syscall.Errno // with OpFSError: the first error of the file system since the last event
 	Count uint32        // with OpFSError: how many there were
 
@@ -119,10 +122,15 @@ func (v FileVia) String() string {
 type fileDescriptors struct {
 	mu    sync.Mutex
 	fd    int      // of the file; -1: none, or given away
-	file  *os.File // for fd; made when it is asked for
+	file  *os.File // for fd, or of an event that asks a copy of it; made when it is asked for
 	pidfd int      // of the process; -1: none
 
 	pidfdErr error // why there is no pidfd
+	detached bool  // file is the caller's
+
+	// These are set before the event is delivered.
+	asks    *permission // nil: it is no question
+	counted bool        // it counts in an access list until it is delivered
 }
 
 // Time returns e.When.
@@ -137,6 +145,9 @@ func (e *FileEvent) FD() int {
 	}
 	e.own.mu.Lock()
 	defer e.own.mu.Unlock()
+	if e.own.detached {
+		return -1
+	}
 	return e.own.fd
 }
 
@@ -148,14 +159,43 @@ func (e *FileEvent) File() *os.File {
 	}
 	e.own.mu.Lock()
 	defer e.own.mu.Unlock()
-	return e.openFile()
+	file, _ := e.openFile()
+	return file
 }
 
-func (e *FileEvent) openFile() *os.File {
-	if e.own.file == nil && e.own.fd >= 0 {
-		e.own.file = os.NewFile(uintptr(e.own.fd), e.Path)
+func (e *FileEvent) openFile() (*os.File, error) {
+	switch {
+	case e.own.detached || e.own.fd < 0:
+		return nil, os.ErrClosed
+	case e.own.file != nil:
+		return e.own.file, nil
 	}
-	return e.own.file
+	fd := e.own.fd
+	if e.own.asks != nil {
+		// Who closes it must not close the descriptor that the kernel knows the
+		// event by.
+		var err error
+		if fd, err = duplicate(uintptr(fd)); err != nil {
+			return nil, withLimit(err)
+		}
+	}
+	e.own.file = os.NewFile(uintptr(fd), e.Path)
+	return e.own.file, nil
+}
+
+// question returns what the event asks; nil: nothing.
+func (e *FileEvent) question() *permission {
+	if e.own == nil {
+		return nil
+	}
+	return e.own.asks
+}
+
+// disown notes that the event has no descriptors.
+func (e *FileEvent) disown() {
+	if e.own.pidfd < 0 && e.own.pidfdErr == nil {
+		e.own = nil
+	}
 }
 
 // Detach returns the file, which is the caller's from then on. The error Is
@@ -167,11 +207,14 @@ func (e *FileEvent) Detach() (*os.File, error) {
 	}
 	e.own.mu.Lock()
 	defer e.own.mu.Unlock()
-	file := e.openFile()
-	if file == nil {
-		return nil, e.failed("detach", os.ErrClosed)
+	file, err := e.openFile()
+	if err != nil {
+		return nil, e.failed("detach", err)
 	}
-	e.own.file, e.own.fd = nil, -1
+	e.own.file, e.own.detached = nil, true
+	if e.own.asks == nil {
+		e.own.fd = -1
+	}
 	return file, nil
 }
 
@@ -183,10 +226,13 @@ func (e *FileEvent) Close() error {
 	}
 	e.own.mu.Lock()
 	defer e.own.mu.Unlock()
-	switch {
-	case e.own.file != nil:
+	if e.own.asks != nil {
+		e.own.asks.close()
+	}
+	if e.own.file != nil {
 		e.own.file.Close()
-	case e.own.fd >= 0:
+	}
+	if e.own.fd >= 0 && (e.own.file == nil || e.own.asks != nil) {
 		unix.Close(e.own.fd)
 	}
 	if e.own.pidfd >= 0 {
@@ -276,6 +322,9 @@ func (e *FileEvent) String() string {
 	if e.PathState != PathExact && !e.Ops.Has(OpOverflow) {
 		b.WriteString(" (" + e.PathState.String() + ")")
 	}
+	if e.Ops.Has(OpPreAccess) {
+		fmt.Fprintf(&b, " bytes %d+%d", e.Offset, e.Length)
+	}
 	if e.Errno != 0 {
 		fmt.Fprintf(&b, " %s (%d times)", e.Errno.Error(), e.Count)
 	}
@@ -313,6 +362,9 @@ func (e *FileEvent) MarshalJSON() ([]byte, error) {
 		j.OldPath, j.OldPathRaw = e.OldPath, notText(e.OldPath)
 		j.NewPath, j.NewPathRaw = j.Path, j.PathRaw
 	}
+	if e.Ops.Has(OpPreAccess) {
+		j.Offset, j.Length = &e.Offset, &e.Length
+	}
 	if e.Errno != 0 {
 		j.Errno, j.Count = errnoName(e.Errno), e.Count
 	}
@@ -345,6 +397,8 @@ type jsonFileEvent struct {
 	PID        int       `json:"pid,omitempty"`
 	TID        int       `json:"tid,omitempty"`
 	Overflow   bool      `json:"overflow,omitempty"`
+	Offset     *uint64   `json:"offset,omitempty"`
+	Length     *uint64   `json:"length,omitempty"`
 	Errno      string    `json:"errno,omitempty"`
 	Count      uint32    `json:"count,omitempty"`
 	Error      string    `json:"error,omitempty"`

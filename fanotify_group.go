@@ -98,35 +98,48 @@ func (g *fileGroup) queued() bool {
 // does not tell of a descriptor that it could not make, it does at least for
 // the first event of a read.
 func (g *fileGroup) batch() int {
-	if g.via == ViaHandle {
+	switch {
+	case g.via == ViaHandle:
 		return batchBytes
+	case g.flags&unix.FAN_REPORT_FD_ERROR == 0:
+		return g.eventSize()
 	}
-	const event = 24
-	size := event
+	return atMost(128) * g.eventSize()
+}
+
+// eventSize is what an event with a descriptor takes.
+func (g *fileGroup) eventSize() int {
+	size := 24
 	if g.flags&unix.FAN_REPORT_PIDFD != 0 {
 		size += 8
 	}
-	if g.flags&unix.FAN_REPORT_FD_ERROR == 0 {
-		return size
+	if g.flags&unix.FAN_CLASS_PRE_CONTENT != 0 && g.flags&unix.FAN_REPORT_FD_ERROR != 0 {
+		size += 24 // the range, for which the kernel is new enough
 	}
-	events := 128
+	return size
+}
+
+// atMost is how many descriptors may be made at once: n, or less where there
+// cannot be many.
+func atMost(n int) int {
 	var limit unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) == nil {
-		events = int(min(uint64(events), max(limit.Cur/8, 1)))
+		n = int(min(uint64(n), max(limit.Cur/8, 1)))
 	}
-	return events * size
+	return n
 }
 
 func (o *FileOptions) initFlags() uint {
-	flags := uint(unix.FAN_CLOEXEC | unix.FAN_NONBLOCK | unix.FAN_CLASS_NOTIF)
+	flags := unix.FAN_CLOEXEC | unix.FAN_NONBLOCK | o.Class.flags()
 	for _, f := range []struct {
 		set  bool
 		flag uint
 	}{
 		{o.ReportTID, unix.FAN_REPORT_TID},
 		{o.ReportPidFD, unix.FAN_REPORT_PIDFD},
-		{o.UnlimitedQueue, unix.FAN_UNLIMITED_QUEUE},
+		{o.UnlimitedQueue || o.Class.asks(), unix.FAN_UNLIMITED_QUEUE},
 		{o.UnlimitedMarks, unix.FAN_UNLIMITED_MARKS},
+		{o.Audit, unix.FAN_ENABLE_AUDIT},
 	} {
 		if f.set {
 			flags |= f.flag
@@ -145,7 +158,9 @@ func (o *FileOptions) explain(err error, via FileVia) error {
 			used bool
 			what string
 		}{
-			{via == ViaDescriptor, "events with descriptors"},
+			{o.Class.asks(), "events that wait for an answer"},
+			{via == ViaDescriptor && !o.Class.asks(), "events with descriptors"},
+			{o.Audit, "Audit (and CAP_AUDIT_WRITE)"},
 			{o.ReportTID, "ReportTID"},
 			{o.ReportPidFD, "ReportPidFD"},
 			{o.UnlimitedQueue, "UnlimitedQueue"},
@@ -251,8 +266,7 @@ func (r *fileReader) lost(err error) error {
 	if !ok {
 		return fileError("read", "fanotify", err)
 	}
-	switch call.Err {
-	case unix.EBADF, unix.EFAULT, unix.EINVAL:
+	if !consumed(err) {
 		return fileError("read", "fanotify", call) // nothing will change that
 	}
 	e := &FileEvent{When: r.when, Via: r.group.via, Err: noDescriptor(call.Err)}
@@ -260,6 +274,12 @@ func (r *fileReader) lost(err error) error {
 		return errStopped
 	}
 	return nil
+}
+
+// consumed tells whether an error of reading is that of one event, which is gone
+// with it.
+func consumed(err error) bool {
+	return !errors.Is(err, unix.EBADF) && !errors.Is(err, unix.EFAULT) && !errors.Is(err, unix.EINVAL)
 }
 
 // noDescriptor is the error of an event without the descriptor that it should
@@ -276,14 +296,18 @@ func (r *fileReader) discard(b []byte) {
 			return
 		}
 		b = rest
-		var info fanotify.Info
-		e.Decode(&info)
-		if info.PidFD >= 0 {
-			unix.Close(int(info.PidFD))
-		}
-		if e.FD() >= 0 {
-			unix.Close(e.FD())
-		}
+		discardEvent(e)
+	}
+}
+
+func discardEvent(e fanotify.Event) {
+	var info fanotify.Info
+	e.Decode(&info)
+	if info.PidFD >= 0 {
+		unix.Close(int(info.PidFD))
+	}
+	if e.FD() >= 0 {
+		unix.Close(e.FD())
 	}
 }
 
@@ -302,11 +326,18 @@ func (r *fileReader) event(raw fanotify.Event) *FileEvent {
 	default:
 		e = r.handleEvent(&info)
 	}
+	r.fill(e, raw, &info, err)
+	return e
+}
+
+// fill says in e what the kernel wrote, but for the object. err is what was odd.
+func (r *fileReader) fill(e *FileEvent, raw fanotify.Event, info *fanotify.Info, err error) {
 	e.When, e.Via, e.Ops = r.when, r.group.via, FileOp(raw.Mask())
 	if e.Ops.Has(OpDeleteSelf) && (e.PathState == PathExact || e.PathState == PathUnknown) {
 		e.PathState = PathDeleted
 	}
 	e.Errno, e.Count = info.Errno, info.ErrorCount
+	e.Offset, e.Length = info.Offset, info.Count
 	if r.group.flags&unix.FAN_REPORT_TID != 0 {
 		e.TID = raw.PID()
 	} else {
@@ -320,7 +351,6 @@ func (r *fileReader) event(raw fanotify.Event) *FileEvent {
 	if err != nil {
 		e.Err = fileError("read", "fanotify", err)
 	}
-	return e
 }
 
 // handleEvent makes an event of what the records name.

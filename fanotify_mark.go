@@ -209,7 +209,7 @@ func errCannot(format string, args ...any) error {
 // options, whatever its object is.
 func (m *Mark) check(options *FileOptions) error {
 	only := m.Ops &^ opModifiers
-	handles := m.Ops &^ opDescriptor
+	handles := m.Ops &^ options.Class.ops()
 	switch {
 	case m.Type.String() != MarkInode.String() && m.Type.flags() == 0:
 		return errCannot("unknown %v", m.Type)
@@ -223,8 +223,12 @@ func (m *Mark) check(options *FileOptions) error {
 		return errCannot("%v alone asks for nothing", m.Ops)
 	case m.Ops&OpOverflow != 0:
 		return errCannot("%v is reported without being asked for", OpOverflow)
-	case m.Ops&opPermission != 0:
-		return errCannot("%v wait for an answer, which a watcher of notifications does not give", m.Ops&opPermission)
+	case m.Ops&opPermission != 0 && !options.Class.asks():
+		return errCannot("%v wait for an answer, which a watcher of notifications does not give: see FileOptions.Class", m.Ops&opPermission)
+	case m.Ops&opPermission&^options.Class.ops() != 0 && options.Class.asks():
+		return errCannot("%v is asked in ClassPreContent alone", m.Ops&opPermission&^options.Class.ops())
+	case m.Ops.Has(OpPreAccess | OpOnDir):
+		return errCannot("%v is of files with content: it does not go together with %v", OpPreAccess, OpOnDir)
 	case m.Ops&(opMntAttach|opMntDetach) != 0:
 		return errCannot("%v are of mount namespaces: see WatchMounts", m.Ops&(opMntAttach|opMntDetach))
 	case m.Type == MarkMount && m.Ops&opNotMount != 0:
@@ -235,6 +239,8 @@ func (m *Mark) check(options *FileOptions) error {
 		return errCannot("only an inode mark can be evictable")
 	case m.Type != MarkInode && m.Ignore == Ignore:
 		return errCannot("a mark of the type %v has nothing that is modified: use IgnoreSurv", m.Type)
+	case options.Class.asks() && handles != 0:
+		return errCannot("%v come without a descriptor, by which events of class %v are answered: use a watcher of its own", handles, options.Class)
 	case options.Descriptors && handles != 0:
 		return errCannot("%v come without a descriptor, and Descriptors asks for one with each event", handles)
 	}
@@ -264,6 +270,8 @@ func (m *Mark) explain(err error, target *markTarget) error {
 		return fmt.Errorf("%w: the object has an ignore mark of another form", call)
 	case err == unix.ENOTDIR && !target.directory:
 		return fmt.Errorf("%w: %v are of directories", call, m.Ops)
+	case err == unix.EOPNOTSUPP && m.Ops.Has(OpPreAccess):
+		return fmt.Errorf("%w: the file system does not ask before an access: %w", call, errors.ErrUnsupported)
 	case err == unix.EINVAL:
 		return m.explainInvalid(call)
 	}
@@ -280,6 +288,7 @@ func (m *Mark) explainInvalid(call error) error {
 		{m.Ignore == Ignore || m.Ignore == IgnoreSurv, "FAN_MARK_IGNORE", 6, 0},
 		{m.Flags.Has(MarkEvictable), "an evictable mark", 5, 19},
 		{m.Ops.Has(OpRename), "rename", 5, 17},
+		{m.Ops.Has(OpPreAccess), "pre_access", 6, 14},
 		{m.Ops.Has(OpFSError), "fs_error", 5, 16},
 	} {
 		if need.used && kernelOlder(need.major, need.minor) {
@@ -292,6 +301,10 @@ func (m *Mark) explainInvalid(call error) error {
 	}
 	if odd := m.Ops &^ known; odd != 0 {
 		return fmt.Errorf("%w: this kernel does not know the operations %v: %w", call, odd, errors.ErrUnsupported)
+	}
+	if asks := m.Ops & opPermission; asks != 0 {
+		return fmt.Errorf("%w: the file system does not let anybody wait for %v (as proc), or the kernel was built without CONFIG_FANOTIFY_ACCESS_PERMISSIONS: %w",
+			call, asks, errors.ErrUnsupported)
 	}
 	return call
 }

@@ -89,6 +89,10 @@ func (w *ProcessWatcher) watchOpened(target Target, opened openProcess, options 
 // process, so there is no moment in which another process could have its
 // number. The caller still has to call cmd.Wait, before or after the events.
 //
+// While this program has a watcher of files whose class is not
+// ClassNotification, Start is refused with an error that Is unix.EDEADLK: see
+// [WatchFiles].
+//
 // If cmd was started but cannot be watched (for want of descriptors, or because
 // the watcher has ended meanwhile), there is an error, and cmd.Process is set.
 func (w *ProcessWatcher) Start(cmd *exec.Cmd, options *ProcessOptions) (*Watch, error) {
@@ -99,7 +103,12 @@ func (w *ProcessWatcher) Start(cmd *exec.Cmd, options *ProcessOptions) (*Watch, 
 	if err := w.feed.running(target.String()); err != nil {
 		return nil, err
 	}
+	if askers.RLock(); askers.n > 0 {
+		askers.RUnlock()
+		return nil, processError("start", cmd.Path, errAsker)
+	}
 	opened, err := target.open()
+	askers.RUnlock()
 	if err != nil {
 		return nil, err
 	}
