@@ -28,6 +28,7 @@ import (
 var groups = []group{
 	{"mounts", benchMounts},
 	{"files", benchFiles},
+	{"perm", benchPerm},
 	{"streams", benchStreams},
 	{"pids", benchPids},
 	{"fuse", benchFUSE},
@@ -61,6 +62,9 @@ func main() {
 	}
 	if words := os.Getenv(fuseVar); words != "" {
 		os.Exit(fuseMain(strings.Split(words, "\n")))
+	}
+	if words := os.Getenv(permVar); words != "" {
+		os.Exit(permMain(strings.Split(words, "\n")))
 	}
 	set, err := parseFlags(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {
