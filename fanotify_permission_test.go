@@ -1,6 +1,7 @@
 package kernstream_test
 
 import (
+	"errors"
 	"os"
 	"runtime"
 	"testing"
@@ -134,4 +135,337 @@ func TestPermissionEnds(t *testing.T) {
 		l.do(e.Close())
 		o.want(o.begin("open", l.path("f")), 0) // no mark is left
 	}
+}
+
+// TestPermissionNobodyReceives: however many operations wait, and although
+// nobody receives an event, the last has its answer within two deadlines.
+func TestPermissionNobodyReceives(t *testing.T) {
+	needMarks(t)
+	openers := min(5_000, testenv.SoakN(5_000))
+	options := contentOptions(deny)
+	options.Deadline = 3 * time.Second
+	options.MaxPending = openers
+	raiseFileLimit(t, uint64(openers)+1_000)
+	l, o := newPermissionLab(t, options, "f", kernstream.Mark{Path: "f", Ops: openPerm})
+	results := make([]<-chan opened, openers)
+	for i := range results {
+		results[i] = o.begin("open", l.path("f"))
+	}
+	longest := time.Duration(0)
+	for _, result := range results {
+		select {
+		case r := <-result:
+			longest = max(longest, r.took)
+			if r.errno != unix.EPERM {
+				t.Fatalf("an opener got %v", errnoText(r.errno))
+			}
+		case <-time.After(2*options.Deadline + patience):
+			t.Fatal("an opener has no answer")
+		}
+	}
+	if n := l.w.Defaulted(); n != uint64(openers) {
+		t.Errorf("%d default answers; want %d", n, openers)
+	}
+	t.Logf("of %d openers none waited for more than %v; the deadline is %v", openers, longest, options.Deadline)
+	if longest > 2*options.Deadline {
+		t.Errorf("an opener waited for %v", longest)
+	}
+}
+
+// raiseFileLimit makes sure that the process may have n descriptors.
+func raiseFileLimit(t testing.TB, n uint64) {
+	t.Helper()
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if limit.Cur >= n {
+		return
+	}
+	high := unix.Rlimit{Cur: n, Max: max(n, limit.Max)}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &high); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Setrlimit(unix.RLIMIT_NOFILE, &limit) })
+}
+
+// TestPermissionMaxPending: beyond as many as may be held, the default answer
+// goes out at once; an event that was answered, or closed, makes room for
+// another, and one that got the default answer does when it is closed.
+func TestPermissionMaxPending(t *testing.T) {
+	options := contentOptions(deny)
+	options.MaxPending = 3
+	options.Deadline = kernstream.NoDeadline
+	l, o := newPermissionLab(t, options, "f", kernstream.Mark{Path: "f", Ops: openPerm})
+	var results []<-chan opened
+	var events []*kernstream.FileEvent
+	hold := func() {
+		t.Helper()
+		results = append(results, o.begin("open", l.path("f")))
+		events = append(events, l.receive())
+	}
+	for range 3 {
+		hold()
+	}
+	for n := range uint64(5) {
+		o.want(o.begin("open", l.path("f")), unix.EPERM)
+		if got := l.w.Defaulted(); got != n+1 {
+			t.Errorf("%d default answers; want %d", got, n+1)
+		}
+	}
+	o.stands(results[0])
+	l.do(events[0].Allow())
+	o.want(results[0], 0)
+	hold()
+	l.do(events[1].Close())
+	o.want(results[1], unix.EPERM)
+	if got := l.w.Defaulted(); got != 6 {
+		t.Errorf("%d default answers; want 6: who closes without an answer gets it, too", got)
+	}
+	wantError(t, events[1].Allow(), os.ErrClosed)
+	hold()
+	o.want(o.begin("open", l.path("f")), unix.EPERM)
+	l.do(events[0].Close()) // it made room before
+	o.want(o.begin("open", l.path("f")), unix.EPERM)
+	for i := 2; i < len(events); i++ {
+		l.do(events[i].Allow())
+		o.want(results[i], 0)
+		l.do(events[i].Close())
+	}
+	hold()
+	l.do(events[len(events)-1].Allow())
+	l.do(events[len(events)-1].Close())
+}
+
+// TestPermissionHungConsumer: a consumer that takes events and does nothing with
+// them holds as many as may be held, and no more: everybody else gets the
+// default answer at once, and descriptors do not run out.
+func TestPermissionHungConsumer(t *testing.T) {
+	options := contentOptions(allow)
+	options.MaxPending = 4
+	options.Deadline = 20 * time.Millisecond
+	l, o := newPermissionLab(t, options, "f", kernstream.Mark{Path: "f", Ops: openPerm})
+	var events []*kernstream.FileEvent
+	for range 4 {
+		result := o.begin("open", l.path("f"))
+		events = append(events, l.receive())
+		o.want(result, 0)
+	}
+	before := countDescriptors(t)
+	for range 50 {
+		o.want(o.begin("open", l.path("f")), 0)
+	}
+	l.quiet("no more than four are held")
+	if after := countDescriptors(t); after != before {
+		t.Errorf("%d descriptors, and then %d", before, after)
+	}
+	for _, e := range events {
+		wantError(t, e.Deny(0), os.ErrDeadlineExceeded)
+		l.do(e.Close())
+	}
+	result := o.begin("open", l.path("f"))
+	e := l.receive()
+	o.want(result, 0)
+	l.do(e.Close())
+}
+
+// TestPermissionDescriptorIsKept: the descriptor that the kernel knows an event
+// by stays open until it is answered, whatever is done with its file: an answer
+// never reaches another event that has got the number.
+func TestPermissionDescriptorIsKept(t *testing.T) {
+	l, o := newPermissionLab(t, contentOptions(deny), "a b", kernstream.Mark{Ops: openPerm | onChild})
+	first := o.begin("open", l.path("a"))
+	a := l.receive()
+	text := make([]byte, 8)
+	if n, err := a.File().Read(text); string(text[:n]) != "data" || err != nil {
+		t.Errorf("the file reads %q, %v", text[:n], err)
+	}
+	if f := a.File(); f != a.File() || f.Name() != l.path("a") || int(f.Fd()) == a.FD() {
+		t.Errorf("File is %v, with descriptor %d, and FD %d", f.Name(), f.Fd(), a.FD())
+	}
+	l.do(a.File().Close())
+	second := o.begin("open", l.path("b"))
+	b := l.receive()
+	if a.FD() == b.FD() {
+		t.Fatalf("both events have the descriptor %d", a.FD())
+	}
+	l.do(b.Deny(0))
+	o.want(second, unix.EPERM)
+	o.stands(first)
+	l.do(a.Allow())
+	o.want(first, 0)
+	l.do(a.Close())
+	l.do(b.Close())
+
+	third := o.begin("open", l.path("a"))
+	e := l.receive()
+	number := e.FD()
+	f, err := e.Detach()
+	l.do(err)
+	if n, err := f.Read(text); string(text[:n]) != "data" || err != nil || e.FD() != -1 || e.File() != nil {
+		t.Errorf("the detached file reads %q, %v; FD %d", text[:n], err, e.FD())
+	}
+	_, err = e.Detach()
+	wantError(t, err, os.ErrClosed)
+	l.do(f.Close())
+	if _, err := unix.FcntlInt(uintptr(number), unix.F_GETFD, 0); err != nil {
+		t.Errorf("the event's own descriptor: %v", err)
+	}
+	o.stands(third)
+	l.do(e.Allow())
+	o.want(third, 0)
+	l.do(e.Close())
+	if _, err := unix.FcntlInt(uintptr(number), unix.F_GETFD, 0); err != unix.EBADF {
+		t.Errorf("after Close: %v", err)
+	}
+
+	// A file that was detached outlives its event and the stream.
+	fourth := o.begin("open", l.path("a"))
+	e = l.receive()
+	f, err = e.Detach()
+	l.do(err)
+	l.do(e.Close())
+	o.want(fourth, unix.EPERM)
+	l.w.Close()
+	if n, err := f.Read(text); string(text[:n]) != "data" || err != nil {
+		t.Errorf("the detached file reads %q, %v", text[:n], err)
+	}
+	l.do(f.Close())
+}
+
+// TestPermissionNoDescriptors: when no descriptor is left for an event, the
+// kernel denies, whatever the default is; the event says so where the kernel
+// tells, nothing stops, and the answer of others is not lost.
+func TestPermissionNoDescriptors(t *testing.T) {
+	l, o := newPermissionLab(t, contentOptions(allow), "f", kernstream.Mark{Path: "f", Ops: openPerm})
+	held := o.begin("open", l.path("f"))
+	e := l.receive()
+	results := make([]<-chan opened, 5)
+	var limit unix.Rlimit
+	l.do(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	low := limit
+	low.Cur = 3
+	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
+	for i := range results {
+		results[i] = o.begin("open", l.path("f"))
+	}
+	for range results {
+		lost := l.receive()
+		if !errors.Is(lost.Err, unix.EMFILE) || lost.FD() != -1 {
+			t.Errorf("event %v; want EMFILE", lost)
+		}
+		if err := lost.Allow(); !errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("it was answered: %v", err)
+		}
+		l.do(lost.Close())
+	}
+	for _, result := range results {
+		o.want(result, unix.EPERM)
+	}
+	if e.File() != nil {
+		t.Error("there is a file without a descriptor")
+	}
+	_, err := e.Detach()
+	wantError(t, err, unix.EMFILE, "detach")
+	l.do(e.Allow())
+	o.want(held, 0)
+	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+	l.do(e.Close())
+	result := o.begin("open", l.path("f"))
+	e = l.receive()
+	l.do(e.Allow())
+	l.do(e.Close())
+	o.want(result, 0)
+}
+
+// TestPermissionErrnos: what is denied fails with the errno that the class has;
+// any other response is refused, and the event goes on waiting.
+func TestPermissionErrnos(t *testing.T) {
+	l, o := newPermissionLab(t, preContentOptions(deny), "f", kernstream.Mark{Path: "f", Ops: openPerm})
+	result := o.begin("open", l.path("f"))
+	e := l.receive()
+	for _, errno := range []unix.Errno{unix.EACCES, unix.ENOENT, unix.EINTR, unix.EINVAL, unix.Errno(300)} {
+		wantError(t, e.Deny(errno), unix.EINVAL, "EPERM, EIO")
+	}
+	wantError(t, e.Respond(kernstream.Response{Allow: true, Errno: unix.EIO}), unix.EINVAL, "allowed")
+	wantError(t, e.Respond(kernstream.Response{Audit: true}), unix.EINVAL, "FileOptions.Audit")
+	wantError(t, e.Respond(kernstream.Response{Rule: &kernstream.AuditRule{}}), unix.EINVAL, "Audit")
+	o.stands(result)
+	l.do(e.Deny(unix.EPERM))
+	o.want(result, unix.EPERM)
+	l.do(e.Close())
+	for _, errno := range []unix.Errno{unix.EIO, unix.EBUSY, unix.ETXTBSY, unix.EAGAIN, unix.ENOSPC, unix.EDQUOT} {
+		result := o.begin("open", l.path("f"))
+		e := l.receive()
+		err := e.Deny(errno)
+		if !testenv.KernelAtLeast(6, 14) && err != nil {
+			wantError(t, err, errors.ErrUnsupported, "6.14")
+			o.stands(result)
+			l.do(e.Deny(0))
+			errno = unix.EPERM
+		} else {
+			l.do(err)
+		}
+		o.want(result, errno)
+		l.do(e.Close())
+	}
+	l.w.Close()
+
+	l.watch(contentOptions(deny), kernstream.Mark{Path: "f", Ops: openPerm})
+	result = o.begin("open", l.path("f"))
+	e = l.receive()
+	wantError(t, e.Deny(unix.EIO), unix.EINVAL, "EIO", "ClassPreContent")
+	o.stands(result)
+	l.do(e.Deny(unix.EPERM))
+	o.want(result, unix.EPERM)
+	l.do(e.Close())
+}
+
+// TestPermissionDefaultErrno: the default answer can be any that there is, and
+// one that the kernel does not have is an error at the start.
+func TestPermissionDefaultErrno(t *testing.T) {
+	needMarks(t)
+	options := preContentOptions(kernstream.Response{Errno: unix.EBUSY})
+	options.Deadline = time.Millisecond
+	w, err := kernstream.WatchFiles(t.Context(), options)
+	if !testenv.KernelAtLeast(6, 14) && err != nil {
+		wantError(t, err, errors.ErrUnsupported, "Default", "6.14")
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	l, o := newPermissionLab(t, options, "f", kernstream.Mark{Path: "f", Ops: openPerm})
+	o.want(o.begin("open", l.path("f")), unix.EBUSY)
+}
+
+// TestPermissionAudit: in a watcher that was made for it, an answer may go to
+// the audit log, with the rule that decided.
+func TestPermissionAudit(t *testing.T) {
+	options := contentOptions(kernstream.Response{Audit: true})
+	options.Audit = true
+	l, o := newPermissionLab(t, options, "f", kernstream.Mark{Path: "f", Ops: openPerm})
+	rule := &kernstream.AuditRule{Number: 42, Subject: kernstream.TrustUnknown, Object: kernstream.TrustYes}
+	for _, response := range []kernstream.Response{{Allow: true, Audit: true}, {Audit: true}, {Allow: true, Audit: true, Rule: rule}, {Audit: true, Rule: rule}, {}, {Allow: true}} {
+		want := unix.EPERM
+		if response.Allow {
+			want = 0
+		}
+		result := o.begin("open", l.path("f"))
+		e := l.receive()
+		if err := e.Respond(response); response.Rule != nil && !testenv.KernelAtLeast(6, 3) && err != nil {
+			wantError(t, err, errors.ErrUnsupported, "6.3")
+			response.Rule = nil
+			l.do(e.Respond(response))
+		} else {
+			l.do(err)
+		}
+		o.want(result, want)
+		l.do(e.Close())
+	}
+	result := o.begin("open", l.path("f"))
+	e := l.receive()
+	l.do(e.Close())
+	o.want(result, unix.EPERM)
 }

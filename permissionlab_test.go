@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -70,7 +69,7 @@ type openers struct {
 // opened is what came of an open.
 type opened struct {
 	errno unix.Errno
-	at    time.Time // when that was known here
+	took  time.Duration
 }
 
 func newOpeners(t testing.TB) *openers {
@@ -109,14 +108,15 @@ func (o *openers) pid() int { return o.cmd.Process.Pid }
 func (o *openers) read(out io.Reader) {
 	for lines := bufio.NewScanner(out); lines.Scan(); {
 		var id, errno int
-		if _, err := fmt.Sscan(lines.Text(), &id, &errno); err != nil {
+		var took time.Duration
+		if _, err := fmt.Sscan(lines.Text(), &id, &errno, (*int64)(&took)); err != nil {
 			continue
 		}
 		o.mu.Lock()
 		result := o.results[id]
 		delete(o.results, id)
 		o.mu.Unlock()
-		result <- opened{unix.Errno(errno), time.Now()}
+		result <- opened{unix.Errno(errno), took}
 	}
 }
 
@@ -210,10 +210,12 @@ func openersMain([]string) int {
 		id, rest, _ := strings.Cut(lines.Text(), " ")
 		what, path, _ := strings.Cut(rest, " ")
 		go func() {
+			begin := time.Now()
 			errno := openerDo(what, path)
+			took := time.Since(begin)
 			mu.Lock()
 			defer mu.Unlock()
-			fmt.Println(id, strconv.Itoa(int(errno)))
+			fmt.Println(id, int(errno), took.Nanoseconds())
 		}()
 	}
 	return 0
