@@ -43,7 +43,8 @@ type FileOptions struct {
 	// denies. At most MaxPending events are held at a time, that is, wait for
 	// their answer, or have got Default while the consumer has them and were not
 	// closed; beyond that, Default is the answer at once. 0 is half of the
-	// descriptors that the process may have (RLIMIT_NOFILE).
+	// descriptors that the process may have (RLIMIT_NOFILE); a quarter with
+	// Descriptors, since as many events that do not ask may wait with theirs.
 	//
 	// These and Audit, which asks for responses that the kernel's audit log
 	// tells of (CAP_AUDIT_WRITE), do not go together with ClassNotification.

@@ -31,7 +31,7 @@ type accessList struct {
 	audit     bool
 	byDefault Response
 	deadline  time.Duration // 0: none
-	limit     int           // of held
+	limit     int           // of held, and of kept
 
 	defaulted atomic.Uint64 // how many got the default answer
 
@@ -43,7 +43,8 @@ type accessList struct {
 	mu      sync.Mutex
 	waiting list.List // *permission, without an answer, the oldest first
 	queue   list.List // *FileEvent, not delivered, the oldest first
-	held    int       // permission events that nobody is through with, and descriptors of others in the queue
+	held    int       // permission events that nobody is through with
+	kept    int       // others in the queue that have a descriptor
 	armed   bool      // the timer runs; it may be for an event that has its answer
 }
 
@@ -140,14 +141,19 @@ func (l *accessList) remove(p *permission) {
 	}
 }
 
-// hold counts one more event or descriptor, if there is room for it.
-func (l *accessList) hold() bool {
+// hold counts one more permission event, if there is room for it.
+func (l *accessList) hold() bool { return l.count(&l.held) }
+
+// keep counts one more descriptor of another event, if there is room for it.
+func (l *accessList) keep() bool { return l.count(&l.kept) }
+
+func (l *accessList) count(n *int) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.held >= l.limit {
+	if *n >= l.limit {
 		return false
 	}
-	l.held++
+	*n++
 	return true
 }
 
@@ -215,7 +221,7 @@ func (l *accessList) gone(e *FileEvent) {
 	if p := e.question(); p != nil {
 		p.queued = nil
 	} else if e.own != nil && e.own.counted {
-		l.held-- // the descriptor is the consumer's to close
+		l.kept-- // the descriptor is the consumer's to close
 	}
 }
 

@@ -129,6 +129,10 @@ func (o *FileOptions) maxPending() int {
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
 		return 1
 	}
-	const most = 1 << 20 // a process can have no more descriptors than fs.nr_open, which is that
-	return int(max(1, min(limit.Cur/2, most)))
+	share := limit.Cur / 2
+	if o.Descriptors {
+		share /= 2 // as many others may have to be received
+	}
+	const most = 1 << 20 // fs.nr_open
+	return int(max(1, min(share, most)))
 }

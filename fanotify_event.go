@@ -130,7 +130,7 @@ type fileDescriptors struct {
 
 	// These are set before the event is delivered.
 	asks    *permission // nil: it is no question
-	counted bool        // it counts in an access list until it is delivered
+	counted bool        // its descriptor counts in an access list until it is delivered
 }
 
 // Time returns e.When.

@@ -254,11 +254,11 @@ func (r *permissionReader) complete(e *FileEvent) {
 func (r *permissionReader) keep(e *FileEvent) {
 	switch {
 	case !r.group.keep:
-	case r.access.hold():
+	case r.access.keep():
 		e.own.counted = true
 		return
 	default:
-		e.Err = fileError("read", "fanotify", fmt.Errorf("more than MaxPending events wait: %w", unix.EMFILE))
+		e.Err = fileError("read", "fanotify", fmt.Errorf("more than MaxPending events wait to be received: %w", unix.EMFILE))
 	}
 	unix.Close(e.own.fd)
 	e.own.fd = -1
