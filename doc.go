@@ -84,6 +84,8 @@
 //     wait in the list, which is there anyway.
 //   - Files: events wait in the kernel. When its queue is full, events are lost,
 //     and one with OpOverflow stands in their place.
+//   - Permission events of files: they are answered by default at their
+//     deadline, or at once if too many wait, and are counted.
 //
 // # Privileges and kernels
 //

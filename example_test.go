@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -339,6 +340,26 @@ func ExampleWatchFiles() {
 	// Output:
 	// create draft
 	// moved_to letter
+}
+
+// Keys are not for anybody.
+func ExampleFileEvent_Deny() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	w, err := kernstream.WatchFiles(ctx, &kernstream.FileOptions{Class: kernstream.ClassContent},
+		kernstream.Mark{Path: "/srv", Ops: kernstream.OpOpenPerm | kernstream.OpEventOnChild})
+	if err != nil {
+		log.Fatal(err)
+	}
+	for e := range w.C {
+		if strings.HasSuffix(e.Path, ".key") {
+			e.Deny(0)
+		} else {
+			e.Allow()
+		}
+		e.Close()
+	}
+	log.Print(w.Err(), ", answered by default: ", w.Defaulted())
 }
 
 // More can be watched while the stream runs.

@@ -33,8 +33,8 @@ import (
 // what works for every user.
 type FileOptions struct {
 	// Class says whether events wait for an answer. The other classes than
-	// ClassNotification need CAP_SYS_ADMIN; see the part about permission events
-	// in WatchFiles.
+	// ClassNotification need CAP_SYS_ADMIN; see [WatchFiles] about permission
+	// events.
 	Class FileClass
 
 	// Deadline is how long an operation may wait for an answer, from when its
@@ -137,7 +137,8 @@ func openFlagNames(flags int) string {
 // A FileWatcher is a stream of what happens to the files that its marks ask
 // for.
 //
-// C has a buffer of 64 events. Mark, Unmark, Flush and Control may be called at
+// C has a buffer of 64 events, and none if FileOptions.Class lets events wait for
+// an answer: what is delivered then was received. Mark, Unmark, Flush and Control may be called at
 // any time, from any goroutine.
 type FileWatcher struct {
 	*Stream[*FileEvent]
@@ -173,6 +174,41 @@ const fileBuffer = 64
 // A slow consumer loses nothing until the kernel's queue is full. That is an
 // event with OpOverflow: a scan of the files that begins after it finds what
 // was lost, if the consumer goes on receiving meanwhile.
+//
+// # Permission events
+//
+// With another Class than ClassNotification, marks may have OpOpenPerm,
+// OpAccessPerm, OpOpenExecPerm and OpPreAccess, of every file system but those of
+// the kernel's own state (proc). Whoever does that then stands still until the
+// event is answered: by [FileEvent.Allow], Deny or Respond, and if nobody does, by
+// the default answer, at the event's deadline, when it is closed, or when the
+// stream ends, whatever ends it. The watcher goes on reading meanwhile, however
+// slow the consumer is, so the deadline of one event does not wait for
+// another's. (Events that do not ask wait in the memory of this process then.)
+// What the watcher decides itself is in [FileWatcher.Defaulted].
+//
+// What this process does itself, with any of its threads, it is not asked about:
+// it is allowed. A judge may read the file before it answers, through
+// [FileEvent.FD] or File, which asks nobody.
+//
+// These decisions are the kernel's (Linux 2.6.37 and later, unless they say
+// otherwise): It denies, with EPERM, if it cannot open the file for the event, for
+// want of descriptors say; since Linux 6.13 the event comes all the same, with
+// Err. It allows what happens while the marks are being taken away, and if the
+// process dies, by SIGKILL or a panic, all that waits. It would allow what does
+// not fit into its queue, which therefore has no limit. It opens the file as the
+// event is read: a file system that does not answer (FUSE, NFS) holds up all
+// events of the watcher, so it should have one of its own.
+//
+// A process with such a watcher must not start others by executing what may be
+// marked: a program, its interpreter, a shared library. Between the clone and the
+// exec the Go runtime waits within one system call that keeps its processor; if
+// the child has to wait for an answer then, and this is the only processor, or a
+// garbage collection begins, nobody is left to answer, and only SIGKILL ends it.
+// [ProcessWatcher.Start] refuses; package os/exec does not know. A helper that was
+// started before can start others.
+//
+// # Errors
 //
 // Options may be nil. The error is an *[OpError] that names the mark and what
 // is missing: it Is fs.ErrPermission for want of a privilege, and

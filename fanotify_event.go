@@ -16,8 +16,8 @@ import (
 // A FileEvent is something that happened to a file or directory.
 //
 // Only an event that owns a descriptor has to be closed: with
-// [FileOptions.Descriptors] or [FileOptions.ReportPidFD]. Close is legal on
-// every other, too.
+// [FileOptions.Descriptors] or [FileOptions.ReportPidFD], and every permission
+// event. Close is legal on every other, too.
 type FileEvent struct {
 	When time.Time
 	Ops  FileOp // what happened: a set
@@ -138,7 +138,8 @@ func (e *FileEvent) Time() time.Time { return e.When }
 
 // FD returns the descriptor of the file, which is the event's and open until
 // Close, and -1 if it has none. Reading and writing it makes no events; opening
-// it again through /proc/self/fd does.
+// it again through /proc/self/fd does. It must not be closed: the kernel knows a
+// permission event by this number.
 func (e *FileEvent) FD() int {
 	if e.own == nil {
 		return -1
@@ -152,7 +153,8 @@ func (e *FileEvent) FD() int {
 }
 
 // File returns the file, which is the event's and open until Close, and nil if
-// it has none.
+// it has none. Of a permission event, its descriptor is another one than FD, so
+// that closing it does no harm; nil then may also mean that there was none left.
 func (e *FileEvent) File() *os.File {
 	if e.own == nil {
 		return nil
@@ -198,7 +200,8 @@ func (e *FileEvent) disown() {
 	}
 }
 
-// Detach returns the file, which is the caller's from then on. The error Is
+// Detach returns the file, which is the caller's from then on; a permission
+// event has to be answered and closed all the same. The error Is
 // os.ErrClosed if the event is closed or was detached from, and
 // errors.ErrUnsupported if it never had one.
 func (e *FileEvent) Detach() (*os.File, error) {
@@ -218,8 +221,9 @@ func (e *FileEvent) Detach() (*os.File, error) {
 	return file, nil
 }
 
-// Close closes the descriptors that the event owns, if any. It may be called
-// again, and returns nil.
+// Close closes the descriptors that the event owns, if any. A permission event
+// that was not answered gets the default answer before. It may be called again,
+// and returns nil.
 func (e *FileEvent) Close() error {
 	if e.own == nil {
 		return nil
