@@ -415,8 +415,9 @@ func (w *fileWatch) run(ctx context.Context, c chan<- *FileEvent) error {
 	if w.drain.Err() == nil {
 		stop()
 	}
-	w.readers.Wait()
 	w.endAsking()
+	w.readers.Wait()
+	w.endAsking() // of what a reader had in hand
 	select {
 	case err = <-w.failed: // before, or because of nothing but itself
 	default:

@@ -38,6 +38,7 @@ type accessList struct {
 	c     chan<- *FileEvent
 	wake  chan struct{} // the queue is not empty any more
 	timer *time.Timer
+	ended chan struct{} // closed when run has ended; nil: it has not begun
 
 	// The lock of an event's descriptors is taken before this one.
 	mu      sync.Mutex
@@ -115,8 +116,8 @@ func (p *permission) respond(r Response) error {
 // The lock of the descriptors is held, which are to be closed.
 func (p *permission) close() {
 	if p.answered == nil {
-		p.list.group.respond(p.own.fd, p.list.byDefault)
 		p.list.defaulted.Add(1)
+		p.list.group.respond(p.own.fd, p.list.byDefault)
 		p.answered = errEnded
 	}
 	p.list.release(p)
@@ -225,9 +226,23 @@ func (l *accessList) gone(e *FileEvent) {
 	}
 }
 
+// start begins to run, and to deliver on c.
+func (l *accessList) start(ctx context.Context, c chan<- *FileEvent) {
+	l.c, l.ended = c, make(chan struct{})
+	go l.run(ctx)
+}
+
+// stopped waits until run has ended.
+func (l *accessList) stopped() {
+	if l.ended != nil {
+		<-l.ended
+	}
+}
+
 // run delivers what is in the queue, and answers what nobody has answered in
 // time, until ctx is done.
 func (l *accessList) run(ctx context.Context) {
+	defer close(l.ended)
 	defer l.timer.Stop()
 	for ctx.Err() == nil {
 		e := l.first()
@@ -320,8 +335,8 @@ func (l *accessList) answer(asked []*permission, why error) {
 			fds = append(fds, p.own.fd)
 		}
 	}
+	l.defaulted.Add(uint64(len(fds))) // whoever was answered is counted
 	l.group.respondAll(fds, l.byDefault)
-	l.defaulted.Add(uint64(len(fds)))
 	for _, p := range asked {
 		p.own.mu.Unlock()
 	}
@@ -333,8 +348,8 @@ func discardAll(events []*FileEvent) {
 	}
 }
 
-// end answers all events, and closes those that were not delivered. run has
-// ended.
+// end answers all events, and closes those that were not delivered, after run has
+// ended. What is entered meanwhile is for a second call.
 func (l *accessList) end() {
 	for {
 		asked, undelivered := l.take(func(*permission) bool { return true })
@@ -344,7 +359,8 @@ func (l *accessList) end() {
 		l.answer(asked, errEnded)
 		discardAll(undelivered)
 	}
-	for element := l.queue.Front(); element != nil; element = element.Next() {
-		element.Value.(*FileEvent).Close()
+	for e := l.first(); e != nil; e = l.first() {
+		l.delivered(e)
+		e.Close()
 	}
 }

@@ -76,16 +76,12 @@ func newAccessLab(t *testing.T, options *FileOptions) *accessLab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	list.c, l.list = l.c, list
+	l.list = list
 	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan struct{})
-	go func() {
-		list.run(ctx)
-		close(ended)
-	}()
+	list.start(ctx, l.c)
 	l.end = func() {
 		cancel()
-		<-ended
+		list.stopped()
 		list.end()
 	}
 	return l

@@ -330,9 +330,8 @@ func (r *permissionReader) drain() {
 // startAsking begins to read the group, and to deliver what is read.
 func (w *fileWatch) startAsking(g *fileGroup) {
 	ctx := w.ctx
-	w.access.c = w.c
+	w.access.start(ctx, w.c)
 	r := newPermissionReader(g, newPathCache(w.systems), w.access)
-	w.readers.Go(func() { w.access.run(ctx) })
 	w.readers.Go(func() {
 		if err := r.run(ctx); isOpError(err) {
 			w.failed <- err
@@ -343,12 +342,13 @@ func (w *fileWatch) startAsking(g *fileGroup) {
 // endAsking answers all who wait, in the order in which nobody gets around the
 // default answer: what is asked about after the marks are gone was let pass by
 // the kernel anyway, and what is in the queue when the group is closed would be
-// let pass.
+// let pass. It does not wait for the reader, which may wait for a file system.
 func (w *fileWatch) endAsking() {
 	group := w.groups[ViaDescriptor]
 	if w.access == nil || group == nil {
 		return
 	}
+	w.access.stopped()
 	for _, t := range []MarkType{MarkInode, MarkMount, MarkFilesystem} {
 		group.flush(t)
 	}

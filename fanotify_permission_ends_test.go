@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -109,6 +110,78 @@ func TestPermissionFailedStart(t *testing.T) {
 	}
 	close(stop)
 	storm.Wait()
+}
+
+// TestPermissionFileSystemHangs: the kernel opens the file of an event as that is
+// read. If the file system does not answer, the end of the stream answers all
+// others, and only its C is closed when the file system is through.
+func TestPermissionFileSystemHangs(t *testing.T) {
+	needMarks(t)
+	hung := fuseDir(t, "open hangs")
+	o := newOpeners(t)
+	l := &fileLab{t: t, dir: labDir(t)}
+	l.ensure("f")
+	w, err := kernstream.WatchFiles(t.Context(), contentOptions(deny),
+		kernstream.Mark{Path: l.path("f"), Ops: openPerm}, kernstream.Mark{Type: kernstream.MarkMount, Path: hung, Ops: openPerm})
+	l.do(err)
+	held := o.begin("open", l.path("f"))
+	e := receiveFile(t, w)
+	hangs := o.begin("open", hung+"/f")
+	awaitWaiting(t, hung)
+	unread := o.begin("open", l.path("f"))
+	o.waiting(3)
+	closed := make(chan struct{})
+	go func() {
+		w.Close()
+		close(closed)
+	}()
+	o.want(held, unix.EPERM)
+	o.want(unread, unix.EPERM)
+	l.do(e.Close())
+	abortFUSE(t, hung)
+	o.end(hangs)
+	select {
+	case <-closed:
+	case <-time.After(patience):
+		t.Error("Close does not return")
+	}
+}
+
+// fuseConnection is the directory of a FUSE mount in fusectl, which is mounted
+// for that.
+func fuseConnection(t testing.TB, dir string) string {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	control := t.TempDir()
+	mount(t, "none", control, "fusectl", 0, "")
+	t.Cleanup(func() { unix.Unmount(control, unix.MNT_DETACH) })
+	return filepath.Join(control, fmt.Sprint(unix.Minor(uint64(st.Dev))))
+}
+
+// awaitWaiting waits until a request to a FUSE server waits for its answer.
+func awaitWaiting(t testing.TB, dir string) {
+	t.Helper()
+	name := filepath.Join(fuseConnection(t, dir), "waiting")
+	for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+		text, err := os.ReadFile(name)
+		if err == nil && strings.TrimSpace(string(text)) != "0" {
+			return
+		}
+		if time.Since(begin) > patience {
+			t.Fatalf("%s: %q, %v", name, text, err)
+		}
+	}
+}
+
+// abortFUSE ends all requests to a FUSE server.
+func abortFUSE(t testing.TB, dir string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(fuseConnection(t, dir), "abort"), []byte("1"), 0o200); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func init() { testenv.RegisterChild("judge", judgeMain) }

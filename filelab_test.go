@@ -291,7 +291,8 @@ func overlayDir(t testing.TB) string {
 func init() { testenv.RegisterChild("fuse", fuseMain) }
 
 // fuseDir returns a directory with a FUSE file system that has one file, "f".
-// A child serves it, without statfs(2) if "no statfs" is asked for.
+// A child serves it, without statfs(2) if "no statfs" is asked for, and without
+// ever answering an open with "open hangs".
 func fuseDir(t testing.TB, without ...string) string {
 	t.Helper()
 	testenv.NeedRoot(t, "mounting FUSE")
@@ -347,7 +348,7 @@ func fuseMain(without []string) int {
 		case 3: // GETATTR
 			return append(make([]byte, 16), attributes(node)...), 0, true
 		case 14, 27: // OPEN, OPENDIR
-			return make([]byte, 16), 0, true
+			return make([]byte, 16), 0, opcode != 14 || !slices.Contains(without, "open hangs")
 		case 15: // READ
 			if order.Uint64(body[8:]) > 0 {
 				return nil, 0, true
@@ -356,7 +357,7 @@ func fuseMain(without []string) int {
 		case 28: // READDIR
 			return nil, 0, true
 		case 17: // STATFS
-			if len(without) == 0 {
+			if !slices.Contains(without, "no statfs") {
 				return make([]byte, 80), 0, true
 			}
 		case 18, 25, 29, 38: // RELEASE, FLUSH, RELEASEDIR, DESTROY
