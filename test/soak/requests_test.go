@@ -1,0 +1,189 @@
+package soak
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/fuse"
+	"github.com/kernstream/kernstream/internal/fusewire"
+	"github.com/kernstream/kernstream/internal/testenv"
+)
+
+// requests are those of a FUSE session, whose clients look up names that are not
+// there. Its book has each name: it must be asked for once, and who asked gets the
+// answer soon after it was given.
+type requests struct {
+	dir    string
+	guests string // where guests mount
+	count  atomic.Int64
+	taken  atomic.Int64
+	s      *fuse.Session
+
+	mu    sync.Mutex
+	calls map[string]*call
+}
+
+type call struct {
+	asked    int
+	answered time.Time
+}
+
+// newRequests returns nil where FUSE file systems cannot be mounted.
+func newRequests(t *testing.T) *requests {
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Run("requests", func(t *testing.T) { testenv.Missing(t, "needs to open /dev/fuse", err) })
+		return nil
+	}
+	unix.Close(fd)
+	return &requests{dir: t.TempDir(), guests: t.TempDir(), calls: map[string]*call{}}
+}
+
+func (p *requests) name() string { return "requests" }
+
+func (p *requests) begin(ctx context.Context) (kernstream.Source, error) {
+	s, err := fuse.Mount(ctx, &fuse.Config{MountPoint: p.dir, FSName: "soak"})
+	if err != nil {
+		return nil, err
+	}
+	p.s = s
+	return s.Device().Requests(ctx), nil
+}
+
+func (p *requests) end() error { return p.s.Close() }
+
+func (p *requests) workers() int { return 2 }
+
+func (p *requests) act(ctx context.Context, random *rand.Rand) error {
+	for ctx.Err() == nil {
+		name := fmt.Sprint("q", p.count.Add(1))
+		c := &call{}
+		p.mu.Lock()
+		p.calls[name] = c
+		p.mu.Unlock()
+		var st unix.Stat_t
+		err := unix.Stat(p.dir+"/"+name, &st)
+		p.mu.Lock()
+		asked, took := c.asked, time.Since(c.answered)
+		delete(p.calls, name)
+		p.mu.Unlock()
+		if err != unix.ENOENT || asked != 1 || took > *late {
+			return fmt.Errorf("%s: %v, asked for %d times, %v after the answer", name, err, asked, took)
+		}
+		if random.IntN(10) == 0 {
+			time.Sleep(time.Duration(random.IntN(1000)) * time.Microsecond)
+		}
+	}
+	return nil
+}
+
+// guest is a session that comes and goes, by one of its ends.
+func (p *requests) guest(ctx context.Context, random *rand.Rand) error {
+	dir, err := os.MkdirTemp(p.guests, "")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(dir)
+	s, err := fuse.Mount(context.Background(), &fuse.Config{MountPoint: dir})
+	if err != nil {
+		return err
+	}
+	served := make(chan error, 1)
+	go func() {
+		for r, err := range s.Device().All(context.Background()) {
+			if err != nil {
+				served <- err
+				return
+			}
+			serve(r)
+		}
+		served <- nil
+	}()
+	for range random.IntN(20) {
+		var st unix.Stat_t
+		if err := unix.Stat(dir+"/x", &st); err != unix.ENOENT {
+			s.Close()
+			return fmt.Errorf("stat: %w", err)
+		}
+	}
+	var want error
+	switch random.IntN(3) {
+	case 0:
+		err = s.Unmount(context.Background(), 0)
+	case 1:
+		err, want = s.Abort(), fuse.ErrAborted
+	default:
+		err = s.Close()
+	}
+	if err != nil {
+		s.Close()
+		return err
+	}
+	if got := <-served; !errors.Is(got, want) {
+		err = fmt.Errorf("the loop ended by %v; want %v", got, want)
+	}
+	return errors.Join(err, s.Close())
+}
+
+// serve answers what comes beside look-ups, and those with ENOENT.
+func serve(r *fuse.Request) error {
+	switch r.Header.Opcode {
+	case fuse.OpGetattr:
+		return r.Reply(fusewire.AppendAttr(nil, &fusewire.Attr{Ino: 1, Mode: unix.S_IFDIR | 0o755, Nlink: 2, UID: uint32(os.Geteuid()), GID: uint32(os.Getegid())}))
+	case fuse.OpForget, fuse.OpBatchForget:
+		return r.Close()
+	}
+	return r.ReplyErrno(syscall.ENOENT)
+}
+
+func (p *requests) take(e kernstream.Event) (mine bool, things int, err error) {
+	r, ok := e.(*fuse.Request)
+	if !ok {
+		return false, 0, nil
+	}
+	if r.Header.Opcode != fuse.OpLookup {
+		return true, 1, serve(r)
+	}
+	name := strings.TrimRight(string(r.Body), "\x00")
+	p.mu.Lock()
+	if c := p.calls[name]; c != nil {
+		c.asked++
+		c.answered = time.Now()
+	} else {
+		err = errors.New("nobody asked for it")
+	}
+	p.mu.Unlock()
+	if p.taken.Add(1)%16 == 0 { // some are answered later, and not in order
+		go func() {
+			time.Sleep(time.Millisecond)
+			serve(r)
+		}()
+		return true, 1, err
+	}
+	return true, 1, errors.Join(err, serve(r))
+}
+
+func (p *requests) open() (n int, example string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for name, c := range p.calls {
+		example = fmt.Sprintf("%s, which waits for an answer; it was answered at %v", name, c.answered)
+		break
+	}
+	return len(p.calls), example
+}
+
+func (p *requests) lost() int   { return 0 }
+func (p *requests) queued() int { return p.s.Outstanding() }
