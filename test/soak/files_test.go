@@ -23,11 +23,12 @@ import (
 // were told. An event of a full queue settles what happened before it: that is
 // told as lost.
 type files struct {
-	dir        string
-	privileged bool // the whole file system can be marked
-	w          *kernstream.FileWatcher
-	flood      atomic.Bool  // no care is taken for the queue
-	number     atomic.Int64 // of the last file
+	dir    string
+	whole  bool // the whole file system can be marked
+	opened bool // events can have descriptors
+	w      *kernstream.FileWatcher
+	flood  atomic.Bool  // no care is taken for the queue
+	number atomic.Int64 // of the last file
 
 	renaming sync.RWMutex // held for writing while a directory has another name
 
@@ -60,11 +61,16 @@ func newFiles(t *testing.T) *files {
 			t.Fatal(err)
 		}
 	}
-	w, err := kernstream.WatchFiles(t.Context(), nil, kernstream.Mark{Type: kernstream.MarkFilesystem, Path: p.dir, Ops: fileOps})
-	if p.privileged = err == nil; p.privileged {
-		w.Close()
+	works := func(options *kernstream.FileOptions, ops kernstream.FileOp) bool {
+		w, err := kernstream.WatchFiles(t.Context(), options, kernstream.Mark{Type: kernstream.MarkFilesystem, Path: p.dir, Ops: ops})
+		if err == nil {
+			w.Close()
+		}
+		return err == nil
 	}
-	t.Logf("files: of the whole file system: %v", p.privileged)
+	p.whole = works(nil, fileOps)
+	p.opened = works(&kernstream.FileOptions{Descriptors: true}, kernstream.OpCloseWrite)
+	t.Logf("files: a mark of the whole file system: %v, events with descriptors: %v", p.whole, p.opened)
 	return p
 }
 
@@ -75,7 +81,7 @@ func (p *files) path(dir int, name ...any) string {
 
 // marks returns what to mark: the file system, or each directory.
 func (p *files) marks() []kernstream.Mark {
-	if p.privileged {
+	if p.whole {
 		return []kernstream.Mark{{Type: kernstream.MarkFilesystem, Path: p.dir, Ops: fileOps}}
 	}
 	var marks []kernstream.Mark
@@ -113,7 +119,7 @@ func (p *files) act(ctx context.Context, random *rand.Rand) error {
 			continue
 		}
 		var err error
-		if p.privileged && random.IntN(300) == 0 {
+		if p.whole && random.IntN(300) == 0 {
 			err = p.renameDir(random.IntN(fileDirs))
 		} else {
 			err = p.life(random)
@@ -187,7 +193,7 @@ func (p *files) renameDir(dir int) error {
 func (p *files) guest(ctx context.Context, random *rand.Rand) error {
 	options := &kernstream.FileOptions{}
 	marks := p.marks()
-	if p.privileged {
+	if p.opened {
 		switch random.IntN(3) {
 		case 0:
 			options.ReportPidFD = true
