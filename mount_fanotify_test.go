@@ -8,13 +8,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -56,7 +54,7 @@ func climb(args []string) error {
 	case "seccomp": // system call, errno
 		var nr, errno int
 		fmt.Sscan(args[1]+" "+args[2], &nr, &errno)
-		if err := refuseCall(nr, syscall.Errno(errno)); err != nil {
+		if err := testenv.Refuse(syscall.Errno(errno), testenv.Refusal{Call: nr}); err != nil {
 			return err
 		}
 	}
@@ -76,28 +74,6 @@ func climb(args []string) error {
 	}
 	r.Permission, r.Unsupported, r.Descriptors = errors.Is(err, fs.ErrPermission), errors.Is(err, errors.ErrUnsupported), errors.Is(err, unix.EMFILE)
 	return json.NewEncoder(os.Stdout).Encode(r)
-}
-
-// refuseCall lets a system call fail in this process from now on, as the filter of
-// a container does that does not know it.
-func refuseCall(nr int, errno syscall.Errno) error {
-	program := []unix.SockFilter{
-		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS}, // the number of the call
-		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: uint32(nr), Jf: 1},
-		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(errno)},
-		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
-	}
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return err
-	}
-	filter := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
-	_, _, failed := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&filter)))
-	if failed != 0 {
-		return failed
-	}
-	return nil
 }
 
 // TestMountLadder: where the fanotify path cannot be taken, the mountinfo path is,

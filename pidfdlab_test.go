@@ -11,13 +11,11 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -398,7 +396,7 @@ func (k *keeping) obey(words []string) (string, error) {
 			return "", errors.New("no event")
 		}
 	case "refuse": // ERRNO, for pidfd_open(2), from now on
-		return "", refusePidfdOpen(number(1))
+		return "", testenv.Refuse(syscall.Errno(number(1)), testenv.Refusal{Call: unix.SYS_PIDFD_OPEN})
 	case "errors": // PID; what the error of a watch is
 		err := k.watch(kernstream.PID(number(1)), nil)
 		return fmt.Sprintf("done %t, permission %t, unsupported %t: %v", errors.Is(err, os.ErrProcessDone),
@@ -424,33 +422,6 @@ func (k *keeping) obey(words []string) (string, error) {
 func (k *keeping) watch(target kernstream.Target, options *kernstream.ProcessOptions) (err error) {
 	k.stream, err = kernstream.WatchProcess(context.Background(), target, options)
 	return err
-}
-
-// refusePidfdOpen lets pidfd_open(2) fail, as a sandbox does.
-func refusePidfdOpen(errno int) error {
-	const (
-		load   = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS
-		equals = unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K
-		result = unix.BPF_RET | unix.BPF_K
-	)
-	filter := []unix.SockFilter{
-		{Code: load, K: 0}, // the number of the call
-		{Code: equals, K: unix.SYS_PIDFD_OPEN, Jf: 1},
-		{Code: result, K: unix.SECCOMP_RET_ERRNO | uint32(errno)},
-		{Code: result, K: unix.SECCOMP_RET_ALLOW},
-	}
-	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return err
-	}
-	_, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program)))
-	runtime.KeepAlive(filter)
-	if e != 0 {
-		return e
-	}
-	return nil
 }
 
 // pidNamespace returns attributes for a keeper in a process ID namespace of its
