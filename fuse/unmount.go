@@ -78,7 +78,7 @@ func (s *Session) unmount(ctx context.Context, flags UnmountFlags) error {
 		switch {
 		case isErrno(err, unix.EPERM) && flags&UnmountForce == 0:
 			if helperErr := s.unmountByHelper(ctx, flags&UnmountLazy != 0); helperErr != nil {
-				return helperErr
+				return joinFailures([]error{failed("umount2", s.object(), err), helperErr})
 			}
 			return nil
 		case isErrno(err, unix.EINVAL):
