@@ -73,7 +73,7 @@ func newFileGroup(fd int, flags uint, options *FileOptions) (*fileGroup, error) 
 	g.buf = make([]byte, g.batch())
 	file, err := poller.New(fd, "fanotify")
 	if err != nil {
-		return nil, fileError("open", "fanotify", err)
+		return nil, fileError(operation(err, "open"), "fanotify", withLimit(err))
 	}
 	g.file = file
 	return g, nil
@@ -170,14 +170,17 @@ func (o *FileOptions) explain(err error, via FileVia) error {
 				needs = append(needs, need.what)
 			}
 		}
-		if needs == nil {
+		switch {
+		case needs == nil && kernelOlder(5, 13):
 			needs = []string{"fanotify before Linux 5.13"}
+		case needs == nil: // the kernel asks for nothing
+			return fileError("fanotify_init", "", fmt.Errorf("%w: a sandbox (seccomp) forbids it", call))
 		}
 		call = fmt.Errorf("%w: CAP_SYS_ADMIN is missing, for %s", call, strings.Join(needs, ", "))
 	case err == unix.EMFILE:
 		call = fmt.Errorf("%w: descriptors have run out, or all groups of the user are taken (%s)", call, sysctlText("fs/fanotify/max_user_groups"))
 	case err == unix.ENOSYS:
-		call = fmt.Errorf("%w: the kernel was built without fanotify", call)
+		call = fmt.Errorf("%w: the kernel was built without fanotify, or a sandbox (seccomp) forbids it", call)
 	case err == unix.EINVAL && o.ReportTID && o.ReportPidFD:
 		call = fmt.Errorf("%w: this kernel reports either the thread or a pidfd: %w", call, errors.ErrUnsupported)
 	case err == unix.EINVAL && o.ReportPidFD && kernelOlder(5, 15):

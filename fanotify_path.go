@@ -3,6 +3,7 @@ package kernstream
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"strconv"
 	"strings"
@@ -81,7 +82,11 @@ const deletedSuffix = " (deleted)"
 func newFileSystems() (*fileSystems, error) {
 	fd, err := unix.Open("/proc/self/fd", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, fileError("open", "/proc/self/fd", os.NewSyscallError("open", err))
+		err := os.NewSyscallError("open", err)
+		if errors.Is(err, unix.ENOENT) {
+			err = fmt.Errorf("%w: is /proc mounted?", err)
+		}
+		return nil, fileError("open", "/proc/self/fd", err)
 	}
 	return &fileSystems{links: poller.Own(fd), byID: map[fsID]*fileSystem{}, left: map[fsID]*fileSystem{}}, nil
 }
