@@ -257,6 +257,7 @@ func (t *mountTarget) failed(err error) error {
 	}
 	missing := errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH)
 	tableless := op == "openat" && errors.Is(err, unix.EINVAL) // a zombie, say
+	err = withLimit(err)
 	switch {
 	case t.namespace != nil && errors.Is(err, unix.EPERM):
 		err = fmt.Errorf("%w: entering the namespace needs CAP_SYS_ADMIN over it, and CAP_SYS_CHROOT", err)
