@@ -58,8 +58,13 @@ func all() []fault {
 func TestFaults(t *testing.T) {
 	testenv.NeedMounts(t)
 	faults := all()
+	names := map[string]bool{}
 	for i := range faults {
 		f := &faults[i]
+		if names[f.name()] {
+			t.Errorf("two faults are called %s", f.name()) // a child would not know which
+		}
+		names[f.name()] = true
 		t.Run(f.name(), func(t *testing.T) {
 			if f.kernel != [2]int{} {
 				testenv.NeedKernel(t, f.kernel[0], f.kernel[1], "the outcome "+f.outcome)
