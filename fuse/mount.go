@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"strings"
+	"sync"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -73,7 +75,8 @@ func joinFailures(failures []error) error {
 
 // A way is one of the ways to mount.
 type way struct {
-	via Via
+	via    Via
+	hidden bool // nobody sees the mount before it is attached
 	// mount mounts and returns the device, which is then connected, and how to
 	// go on.
 	mount func(ctx context.Context, s *Session, mode uint32) (*attachment, error)
@@ -84,9 +87,9 @@ type way struct {
 // ways returns the ways that config allows, the best first.
 func ways(config *Config) []way {
 	denied := func(err error) bool { return isErrno(err, unix.EPERM) }
-	byContext := way{ViaMount, mountByContext, func(err error) bool { return isErrno(err, unix.ENOSYS, unix.EPERM) }}
-	byMount := way{ViaMount, mountByMount, denied}
-	byHelper := way{ViaHelper, mountByHelper, func(error) bool { return false }}
+	byContext := way{ViaMount, true, mountByContext, func(err error) bool { return isErrno(err, unix.ENOSYS, unix.EPERM) }}
+	byMount := way{ViaMount, false, mountByMount, denied}
+	byHelper := way{ViaHelper, false, mountByHelper, func(error) bool { return false }}
 	switch {
 	case config.Via == ViaHelper, config.AutoUnmount:
 		return []way{byHelper}
@@ -123,6 +126,11 @@ func mountBy(ctx context.Context, config *Config, w way) (_ *Session, err error)
 	}); err != nil {
 		return nil, err
 	}
+	mayStart := func() {}
+	if w.hidden {
+		mayStart = startNothing()
+		defer mayStart()
+	}
 	a, err := w.mount(ctx, s, mode)
 	if err != nil {
 		return nil, err
@@ -141,9 +149,19 @@ func mountBy(ctx context.Context, config *Config, w way) (_ *Session, err error)
 		return nil, err
 	}
 	if a.mount >= 0 {
+		mayStart() // another server may need that to find the mount point
 		return s, s.attach(a.mount)
 	}
 	return s, nil
+}
+
+// startNothing lets no process be started until mayStart is called. A new process
+// has copies of all descriptors until it executes its program, and one of a mount, or
+// of a file in it, keeps the mount busy. What happens meanwhile is between the
+// kernel and this package alone.
+func startNothing() (mayStart func()) {
+	syscall.ForkLock.RLock()
+	return sync.OnceFunc(syscall.ForkLock.RUnlock)
 }
 
 // start brings the connection to life.
@@ -184,7 +202,7 @@ func (s *Session) findMount() error {
 // attach makes a mount visible.
 func (s *Session) attach(mount int) error {
 	return s.place.do(func(int) error {
-		id, err := identify(mount)
+		id, err := identify(mount, "", unix.AT_EMPTY_PATH)
 		if err == nil {
 			err = os.NewSyscallError("move_mount", unix.MoveMount(mount, "", unix.AT_FDCWD, s.config.MountPoint, unix.MOVE_MOUNT_F_EMPTY_PATH))
 		}

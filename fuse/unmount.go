@@ -32,7 +32,8 @@ const (
 // left, which is at once without UnmountLazy. If the file system is not mounted
 // any more, that is no error.
 //
-// If it is in use, the error Is unix.EBUSY, and the session goes on. The same if
+// If it is in use, and still is after 20 ms, the error Is unix.EBUSY, and the
+// session goes on. The same if
 // something else is mounted on top of it: immediately before it unmounts, Unmount
 // looks whether the mount is the session's, by its unique ID from Linux 6.8 on,
 // and by the numbers of mount and device before. A mount that somebody makes
@@ -69,9 +70,7 @@ func (s *Session) unmount(ctx context.Context, flags UnmountFlags) error {
 			return err
 		}
 		err = s.umount(flags)
-		for i := 0; i < forcedTries && flags == UnmountForce && isErrno(err, unix.EBUSY); i++ {
-			// The abort has sent away those who were waiting for an answer,
-			// which takes them a moment.
+		for i := 0; i < busyTries && flags&UnmountLazy == 0 && isErrno(err, unix.EBUSY); i++ {
 			time.Sleep(time.Millisecond)
 			err = s.umount(0)
 		}
@@ -91,8 +90,12 @@ func (s *Session) unmount(ctx context.Context, flags UnmountFlags) error {
 	})
 }
 
-// forcedTries is how often a forced unmount is tried again.
-const forcedTries = 20
+// busyTries is how often an unmount is tried again, a millisecond apart, since
+// whoever uses the mount may be about to leave. An abort has sent those away who
+// were waiting for an answer. And Mount has the mount open for a moment:
+// a process that the program starts then has a copy of that until it executes its
+// program (see startNothing).
+const busyTries = 20
 
 func (s *Session) umount(flags UnmountFlags) error {
 	call := unix.UMOUNT_NOFOLLOW
@@ -180,28 +183,24 @@ type MountID struct {
 	Minor  uint32 // of the device of its files, which is that of the connection
 }
 
-// mountAt returns the topmost mount at path, without asking the server.
+// mountAt returns the topmost mount at path, without asking the server, nor
+// opening it: a descriptor would keep it busy (see busyTries).
 func mountAt(path string) (MountID, error) {
-	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return MountID{}, os.NewSyscallError("open", err)
-	}
-	defer unix.Close(fd)
-	return identify(fd)
+	return identify(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW)
 }
 
-// identify returns the mount of a descriptor, without asking the server.
-func identify(fd int) (id MountID, err error) {
-	const flags = unix.AT_EMPTY_PATH | unix.AT_STATX_DONT_SYNC | unix.AT_NO_AUTOMOUNT
+// identify returns the mount of what statx(2) finds, without asking the server.
+func identify(dir int, path string, flags int) (id MountID, err error) {
+	flags |= unix.AT_STATX_DONT_SYNC | unix.AT_NO_AUTOMOUNT
 	var st unix.Statx_t
-	if err := unix.Statx(fd, "", flags, unix.STATX_MNT_ID, &st); err != nil {
+	if err := unix.Statx(dir, path, flags, unix.STATX_MNT_ID, &st); err != nil {
 		return id, os.NewSyscallError("statx", err)
 	}
 	id.Minor = st.Dev_minor
 	if st.Mask&unix.STATX_MNT_ID != 0 {
 		id.ID = uint32(st.Mnt_id)
 	}
-	if err := unix.Statx(fd, "", flags, unix.STATX_MNT_ID_UNIQUE, &st); err == nil && st.Mask&unix.STATX_MNT_ID_UNIQUE != 0 {
+	if err := unix.Statx(dir, path, flags, unix.STATX_MNT_ID_UNIQUE, &st); err == nil && st.Mask&unix.STATX_MNT_ID_UNIQUE != 0 {
 		id.Unique = st.Mnt_id
 	}
 	return id, nil
