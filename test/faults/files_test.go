@@ -19,7 +19,9 @@ const made = kernstream.OpCreate | kernstream.OpDelete
 // watchFiles sees a file come and go in the lab's directory.
 func watchFiles(mark kernstream.MarkType) func(*lab) string {
 	return func(l *lab) string {
-		w, err := kernstream.WatchFiles(context.Background(), nil, kernstream.Mark{Type: mark, Path: l.dir, Ops: made})
+		w, err := watch(l, func() (*kernstream.FileWatcher, error) {
+			return kernstream.WatchFiles(context.Background(), nil, kernstream.Mark{Type: mark, Path: l.dir, Ops: made})
+		})
 		if err != nil {
 			return failure(err)
 		}
@@ -58,8 +60,10 @@ func (l *lab) seeFile(w *kernstream.FileWatcher, name string) string {
 
 // seeOpened is told of a file by its descriptor, when there is room for none.
 func seeOpened(l *lab) string {
-	w, err := kernstream.WatchFiles(context.Background(), &kernstream.FileOptions{Descriptors: true},
-		kernstream.Mark{Path: l.path("there"), Ops: kernstream.OpModify})
+	w, err := watch(l, func() (*kernstream.FileWatcher, error) {
+		return kernstream.WatchFiles(context.Background(), &kernstream.FileOptions{Descriptors: true},
+			kernstream.Mark{Path: l.path("there"), Ops: kernstream.OpModify})
+	})
 	if err != nil {
 		return failure(err)
 	}
@@ -92,7 +96,9 @@ func openFile(l *lab) {
 // resolveStarved is told of a file in a directory that cannot be opened for want
 // of a descriptor.
 func resolveStarved(l *lab) string {
-	w, err := kernstream.WatchFiles(context.Background(), nil, kernstream.Mark{Type: kernstream.MarkFilesystem, Path: l.dir, Ops: made})
+	w, err := watch(l, func() (*kernstream.FileWatcher, error) {
+		return kernstream.WatchFiles(context.Background(), nil, kernstream.Mark{Type: kernstream.MarkFilesystem, Path: l.dir, Ops: made})
+	})
 	if err != nil {
 		return failure(err)
 	}
@@ -105,7 +111,9 @@ func resolveStarved(l *lab) string {
 
 // filesWhileStopped is stopped while files are made.
 func filesWhileStopped(l *lab) string {
-	w, err := kernstream.WatchFiles(context.Background(), nil, kernstream.Mark{Path: l.dir, Ops: kernstream.OpCreate})
+	w, err := watch(l, func() (*kernstream.FileWatcher, error) {
+		return kernstream.WatchFiles(context.Background(), nil, kernstream.Mark{Path: l.dir, Ops: kernstream.OpCreate})
+	})
 	if err != nil {
 		return failure(err)
 	}

@@ -1,8 +1,8 @@
 package faults
 
 import (
-	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -29,6 +29,7 @@ type lab struct {
 	file   *os.File // what prepare opened
 	id     kernstream.ProcessID
 
+	limited bool  // what is to be had was limited
 	fillers []int // descriptors that take the place of others
 	limit   unix.Rlimit
 	before  map[string]string
@@ -150,6 +151,18 @@ func (l *lab) reap() {
 	}
 }
 
+// watch calls begin until there is a fanotify group for it, if the fault is not
+// that there is none: other tests may have all groups of the user for a moment.
+func watch[W any](l *lab, begin func() (W, error)) (w W, err error) {
+	for range 600 {
+		if w, err = begin(); !errors.Is(err, unix.EMFILE) || l.limited || l.limit.Max != 0 {
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return w, err
+}
+
 // starve leaves room for so many descriptors, and no more.
 func (l *lab) starve(free int) {
 	must(unix.Getrlimit(unix.RLIMIT_NOFILE, &l.limit))
@@ -211,25 +224,4 @@ func whileStopped(script string) {
 	cmd := exec.Command("sh", "-c", `kill -STOP "$PPID"; `+script+`; kill -CONT "$PPID"`)
 	cmd.Stderr = os.Stderr
 	must(cmd.Run())
-}
-
-// startShell starts a shell that obeys lines on its standard input and answers each.
-func startShell(l *lab) (obey func(line string)) {
-	cmd := exec.Command("sh")
-	in, err := cmd.StdinPipe()
-	must(err)
-	out, err := cmd.StdoutPipe()
-	must(err)
-	must(cmd.Start())
-	answers := bufio.NewReader(out)
-	l.helpers = append(l.helpers, func() {
-		in.Close()
-		cmd.Wait()
-	})
-	return func(line string) {
-		_, err := fmt.Fprintln(in, line+"; echo")
-		must(err)
-		_, err = answers.ReadString('\n')
-		must(err)
-	}
 }

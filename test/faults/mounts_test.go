@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/internal/testenv"
 )
 
 // watchMounts follows the mount table, and sees a mount come and go.
@@ -18,16 +19,18 @@ func watchMounts(options func(*lab) *kernstream.MountOptions) func(*lab) string 
 	return func(l *lab) string {
 		place := l.path("place")
 		os.Mkdir(place, 0o755)
-		w, err := kernstream.WatchMounts(context.Background(), options(l))
+		w, err := watch(l, func() (*kernstream.MountWatcher, error) {
+			return kernstream.WatchMounts(context.Background(), options(l))
+		})
 		if err != nil {
 			return failure(err)
 		}
 		defer w.Close()
 		var via kernstream.MountVia
-		ids := " with unique IDs"
+		ids := ""
 		isPlace := func(m kernstream.Mount) bool {
-			if m.MountPoint == place && m.ID == 0 {
-				ids = ""
+			if m.MountPoint == place && m.ID == 0 && testenv.KernelAtLeast(6, 8) {
+				ids = ", without unique IDs"
 			}
 			return m.MountPoint == place
 		}
@@ -83,10 +86,10 @@ func listMounts(l *lab) string {
 	switch {
 	case i < 0:
 		return fmt.Sprintf("works, but the mount is missing among %d", len(mounts))
-	case mounts[i].ID == 0:
+	case mounts[i].ID == 0 && testenv.KernelAtLeast(6, 8):
 		return "works, without unique IDs"
 	}
-	return "works, with unique IDs"
+	return "works"
 }
 
 // endsWithVictim follows the table of a process until that is killed.
@@ -142,7 +145,7 @@ func mountFaults() []fault {
 		ofFile = "WatchMounts of a namespace file"
 		ofPID  = "WatchMounts of a PID by mountinfo"
 	)
-	byMountinfo := "works, by mountinfo with unique IDs"
+	byMountinfo := "works, by mountinfo"
 	var list []fault
 	add := func(f fault) {
 		f.source = "mount"
@@ -154,27 +157,27 @@ func mountFaults() []fault {
 	}{{"fanotify_init", unix.SYS_FANOTIFY_INIT}, {"fanotify_mark", unix.SYS_FANOTIFY_MARK}} {
 		for _, errno := range []syscall.Errno{unix.EPERM, unix.ENOSYS} {
 			add(fault{
-				doing: watch, fault: call.name + " is refused with " + unix.ErrnoName(errno), outcome: byMountinfo, kernel: [2]int{6, 8},
+				doing: watch, fault: call.name + " is refused with " + unix.ErrnoName(errno), outcome: byMountinfo,
 				inject: refused(errno, call.number), run: watchMounts(mountDefaults),
 			})
 		}
 	}
 	for _, errno := range []syscall.Errno{unix.EPERM, unix.ENOSYS} {
 		add(fault{
-			doing: watch, fault: "statmount is refused with " + unix.ErrnoName(errno), outcome: "works, by mountinfo",
+			doing: watch, fault: "statmount is refused with " + unix.ErrnoName(errno), outcome: byMountinfo + ", without unique IDs", kernel: [2]int{6, 8},
 			inject: refused(errno, unix.SYS_STATMOUNT), run: watchMounts(mountDefaults),
 		})
 		add(fault{
-			doing: watch, fault: "listmount is refused with " + unix.ErrnoName(errno), outcome: "works, by mountinfo",
+			doing: watch, fault: "listmount is refused with " + unix.ErrnoName(errno), outcome: byMountinfo + ", without unique IDs", kernel: [2]int{6, 8},
 			inject: refused(errno, unix.SYS_LISTMOUNT), run: watchMounts(mountDefaults),
 		})
 	}
 	add(fault{
-		doing: watch, fault: "fanotify_init has no memory (ENOMEM)", outcome: byMountinfo, kernel: [2]int{6, 8},
+		doing: watch, fault: "fanotify_init has no memory (ENOMEM)", outcome: byMountinfo,
 		inject: refused(unix.ENOMEM, unix.SYS_FANOTIFY_INIT), run: watchMounts(mountDefaults),
 	})
 	add(fault{
-		doing: watch, fault: "the user has no fanotify group left (max_fanotify_groups)", outcome: byMountinfo, kernel: [2]int{6, 8}, user: true,
+		doing: watch, fault: "the user has no fanotify group left (max_fanotify_groups)", outcome: byMountinfo, user: true,
 		inject: limited("max_fanotify_groups", 0), run: watchMounts(mountDefaults),
 	})
 	add(fault{
@@ -198,7 +201,7 @@ func mountFaults() []fault {
 		inject: noProc, run: listMounts,
 	})
 	add(fault{
-		doing: watch + " by mountinfo", fault: "/proc is read-only", outcome: byMountinfo, kernel: [2]int{6, 8},
+		doing: watch + " by mountinfo", fault: "/proc is read-only", outcome: byMountinfo,
 		inject: readOnlyProc, run: watchMounts(mountsBy(kernstream.ViaMountinfo)),
 	})
 	add(fault{
@@ -206,20 +209,20 @@ func mountFaults() []fault {
 		inject: jailed, run: watchMounts(mountDefaults),
 	})
 	add(fault{
-		doing: watch + " by mountinfo", fault: "chroot into a directory with /proc", outcome: byMountinfo, kernel: [2]int{6, 8},
+		doing: watch + " by mountinfo", fault: "chroot into a directory with /proc", outcome: byMountinfo,
 		inject: jailedWithProc, run: watchMounts(mountsBy(kernstream.ViaMountinfo)),
 	})
 	add(fault{
-		doing: watch + " by mountinfo", fault: "no_new_privs", outcome: byMountinfo, kernel: [2]int{6, 8},
+		doing: watch + " by mountinfo", fault: "no_new_privs", outcome: byMountinfo,
 		inject: noNewPrivileges, run: watchMounts(mountsBy(kernstream.ViaMountinfo)),
 	})
 	add(fault{
-		doing: "Mounts", fault: "listmount is refused with ENOSYS", outcome: "works, without unique IDs",
+		doing: "Mounts", fault: "listmount is refused with ENOSYS", outcome: "works, without unique IDs", kernel: [2]int{6, 8},
 		inject: refused(unix.ENOSYS, unix.SYS_LISTMOUNT), run: listMounts,
 	})
 	for _, errno := range []syscall.Errno{unix.EPERM, unix.ENOSYS} {
 		add(fault{
-			doing: ofPID, fault: "pidfd_open is refused with " + unix.ErrnoName(errno), outcome: byMountinfo, kernel: [2]int{6, 8},
+			doing: ofPID, fault: "pidfd_open is refused with " + unix.ErrnoName(errno), outcome: byMountinfo,
 			prepare: startVictim, inject: refused(errno, unix.SYS_PIDFD_OPEN), run: thenReap(watchMounts(mountsOfVictim)),
 		})
 	}
@@ -240,7 +243,7 @@ func mountFaults() []fault {
 		run: mountsWhileStopped,
 	})
 	add(fault{
-		doing: watch + " by mountinfo", fault: "a storm of signals", outcome: byMountinfo, kernel: [2]int{6, 8},
+		doing: watch + " by mountinfo", fault: "a storm of signals", outcome: byMountinfo,
 		inject: storm, run: repeat(watchMounts(mountsBy(kernstream.ViaMountinfo))),
 	})
 	add(fault{

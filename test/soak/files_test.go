@@ -62,7 +62,9 @@ func newFiles(t *testing.T) *files {
 		}
 	}
 	works := func(options *kernstream.FileOptions, ops kernstream.FileOp) bool {
-		w, err := kernstream.WatchFiles(t.Context(), options, kernstream.Mark{Type: kernstream.MarkFilesystem, Path: p.dir, Ops: ops})
+		w, err := patiently(func() (*kernstream.FileWatcher, error) {
+			return kernstream.WatchFiles(t.Context(), options, kernstream.Mark{Type: kernstream.MarkFilesystem, Path: p.dir, Ops: ops})
+		})
 		if err == nil {
 			w.Close()
 		}
@@ -94,14 +96,9 @@ func (p *files) marks() []kernstream.Mark {
 func (p *files) name() string { return "files" }
 
 func (p *files) begin(ctx context.Context) (_ kernstream.Source, err error) {
-	// All groups of the user may be taken for a moment, by others or by those
-	// that were closed just now.
-	for deadline := time.Now().Add(*patient); ; time.Sleep(10 * time.Millisecond) {
-		p.w, err = kernstream.WatchFiles(ctx, nil, p.marks()...)
-		if !errors.Is(err, unix.EMFILE) || time.Now().After(deadline) {
-			return p.w, err
-		}
-	}
+	p.w, err = patiently(func() (*kernstream.FileWatcher, error) { return kernstream.WatchFiles(ctx, nil, p.marks()...) })
+	clear(p.gone)
+	return p.w, err
 }
 
 func (p *files) end() error { return nil }

@@ -41,6 +41,18 @@ func newMounts(t *testing.T, via kernstream.MountVia) *mounts {
 	return p
 }
 
+// fanotifyWorks tells whether the mount table can be followed by fanotify.
+func fanotifyWorks(t *testing.T) bool {
+	w, err := patiently(func() (*kernstream.MountWatcher, error) {
+		return kernstream.WatchMounts(t.Context(), &kernstream.MountOptions{Via: kernstream.ViaFanotify})
+	})
+	if err == nil {
+		w.Close()
+	}
+	t.Logf("mounts by fanotify: %v", err == nil)
+	return err == nil
+}
+
 // tmpfs returns the path of a new tmpfs, which is there until the end of the
 // test.
 func tmpfs(t *testing.T) string {
@@ -71,7 +83,9 @@ func (p *mounts) clear() {
 func (p *mounts) name() string { return fmt.Sprintf("mounts (%v)", p.via) }
 
 func (p *mounts) begin(ctx context.Context) (kernstream.Source, error) {
-	w, err := kernstream.WatchMounts(ctx, &kernstream.MountOptions{Via: p.via})
+	w, err := patiently(func() (*kernstream.MountWatcher, error) {
+		return kernstream.WatchMounts(ctx, &kernstream.MountOptions{Via: p.via})
+	})
 	if err != nil {
 		return nil, err
 	}

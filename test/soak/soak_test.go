@@ -2,6 +2,7 @@ package soak
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"math/rand/v2"
@@ -13,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kernstream/kernstream"
 	"github.com/kernstream/kernstream/internal/testenv"
 )
@@ -20,7 +23,7 @@ import (
 var (
 	length  = flag.Duration("for", 0, "how long to soak; the default is some seconds times KERNSTREAM_SOAK")
 	late    = flag.Duration("late", 20*time.Second, "how long an answer may take that was given")
-	patient = flag.Duration("patience", time.Minute, "how long what must be told, answered or given back may take")
+	patient = flag.Duration("patience", 2*time.Minute, "how long what must be told, answered or given back may take")
 )
 
 func TestMain(m *testing.M) { testenv.MainInNamespace(m) }
@@ -83,7 +86,10 @@ func newSoak(t *testing.T) *soak {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	s := &soak{t: t, random: rand.New(rand.NewPCG(seed, 0)), ctx: t.Context()}
-	s.parts = []part{newTicks(), newMounts(t, kernstream.ViaAuto), newMounts(t, kernstream.ViaMountinfo), newProcesses(), newFiles(t)}
+	s.parts = []part{newTicks(), newMounts(t, kernstream.ViaMountinfo), newProcesses(), newFiles(t)}
+	if fanotifyWorks(t) {
+		s.parts = append(s.parts, newMounts(t, kernstream.ViaFanotify))
+	}
 	if requests := newRequests(t); requests != nil {
 		s.parts = append(s.parts, requests)
 	}
@@ -130,6 +136,17 @@ func (s *soak) totals() string {
 	}
 	return fmt.Sprintf("%d events (%s), losses told %d, losses untold %d, told wrong %d, growth %v",
 		events, strings.Join(counts, ", "), lost, s.untold.Load(), s.wrong.Load(), s.last.since(s.first))
+}
+
+// patiently calls begin until there is a fanotify group for it: all groups of the
+// user may be taken for a moment, by others, or by watchers that were closed just
+// now.
+func patiently[W any](begin func() (W, error)) (w W, err error) {
+	for deadline := time.Now().Add(*patient); ; time.Sleep(10 * time.Millisecond) {
+		if w, err = begin(); !errors.Is(err, unix.EMFILE) || time.Now().After(deadline) {
+			return w, err
+		}
+	}
 }
 
 // begin starts all sources, and their consumer.
