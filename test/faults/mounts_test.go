@@ -239,6 +239,10 @@ func mountFaults() []fault {
 		prepare: openNamespace, inject: refused(unix.EPERM, unix.SYS_SETNS), run: watchMounts(mountsOfNamespace),
 	})
 	add(fault{
+		doing: ofFile, fault: "the ioctl NS_GET_NSTYPE is refused with EPERM", outcome: "fails: ioctl EPERM, Is fs.ErrPermission",
+		prepare: openNamespace, inject: refusedIoctl(unix.EPERM, unix.NS_GET_NSTYPE), run: watchMounts(mountsOfNamespace),
+	})
+	add(fault{
 		doing: watch, fault: "the process is stopped (SIGSTOP) while mounts come, and goes on", outcome: "works, nothing is lost",
 		run: mountsWhileStopped,
 	})

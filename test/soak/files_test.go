@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/internal/testenv"
 )
 
 // files is what happens to the files of a tmpfs. Its book has each file, which has a
@@ -55,7 +56,7 @@ const (
 )
 
 func newFiles(t *testing.T) *files {
-	p := &files{dir: tmpfs(t), owed: map[int64]*fileDebt{}, gone: map[int64]bool{}}
+	p := &files{dir: testenv.MountDir(t), owed: map[int64]*fileDebt{}, gone: map[int64]bool{}}
 	for i := range fileDirs {
 		if err := os.Mkdir(p.path(i), 0o755); err != nil {
 			t.Fatal(err)

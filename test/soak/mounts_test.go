@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/internal/testenv"
 )
 
 // mounts is the mount table, followed in one of the two ways. Its book is the
@@ -31,7 +32,7 @@ type mounts struct {
 
 func newMounts(t *testing.T, via kernstream.MountVia) *mounts {
 	p := &mounts{via: via}
-	dir := tmpfs(t)
+	dir := testenv.MountDir(t)
 	for i := range 8 {
 		place := filepath.Join(dir, fmt.Sprint("p", i))
 		p.places = append(p.places, place, filepath.Join(place, "sub"))
@@ -51,22 +52,6 @@ func fanotifyWorks(t *testing.T) bool {
 	}
 	t.Logf("mounts by fanotify: %v", err == nil)
 	return err == nil
-}
-
-// tmpfs returns the path of a new tmpfs, which is there until the end of the
-// test.
-func tmpfs(t *testing.T) string {
-	t.Helper()
-	dir := t.TempDir()
-	if err := unix.Mount("soak", dir, "tmpfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			t.Errorf("umount %s: %v", dir, err)
-		}
-	})
-	return dir
 }
 
 // clear unmounts everything, and makes the places anew.
