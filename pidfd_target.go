@@ -207,6 +207,13 @@ func (t savedTarget) open() (openProcess, error) {
 	if err != nil {
 		return openProcess{}, err
 	}
+	if p.id == 0 {
+		if p.id, err = readIdentity(p.fd, p.pid); err != nil {
+			// It is not said to be another one for want of a descriptor, say.
+			unix.Close(p.fd)
+			return openProcess{}, processError(operation(err, "open"), t.String(), withLimit(err))
+		}
+	}
 	if p.id != t.ID {
 		unix.Close(p.fd)
 		return openProcess{}, processError("open", t.String(), fmt.Errorf("%w: another process has its number", os.ErrProcessDone))
@@ -299,20 +306,32 @@ func procNumber(fd int) (int, error) {
 // it is the time of the start, which two processes of the same number cannot
 // share unless all numbers were used within a hundredth of a second.
 func processIdentity(fd, pid int) uint64 {
+	id, _ := readIdentity(fd, pid)
+	return id
+}
+
+// readIdentity is processIdentity with the reason why it cannot be known while
+// the process is there. Of one that was reaped before Linux 6.9 it is 0.
+func readIdentity(fd, pid int) (uint64, error) {
 	if pidfd.HasID() {
-		id, _ := pidfd.ID(fd)
-		return id
+		return pidfd.ID(fd)
 	}
 	if number, err := procNumber(fd); err == nil {
 		pid = number
 	}
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	stat, ok := procfs.ParseStat(text)
 	// If the process still has its number, the file was its.
-	if err != nil || !ok || !pidfd.Unreaped(fd) {
-		return 0
+	if !pidfd.Unreaped(fd) {
+		return 0, nil
 	}
-	return stat.StartTime
+	if err != nil {
+		return 0, err
+	}
+	stat, ok := procfs.ParseStat(text)
+	if !ok {
+		return 0, fmt.Errorf("/proc/%d/stat is not understood", pid)
+	}
+	return stat.StartTime, nil
 }
 
 // bootID returns what tells this boot of the machine from others.
