@@ -17,6 +17,9 @@ func TestDocument(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if _, err := os.Stat("../../go.mod"); err != nil {
+		return // the test runs apart from the source, on another kernel say
+	}
 	have, err := os.ReadFile(document)
 	if err != nil {
 		t.Fatal(err)

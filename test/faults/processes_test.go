@@ -189,9 +189,15 @@ func processFaults() []fault {
 		doing   string
 		prepare func(*lab)
 		target  func(*lab) kernstream.Target
-	}{{number, startVictim, byNumber}, {process, startVictim, byProcess}, {file, startWithPidFD, byPidFD}, {saved, startSaved, bySaved}} {
+		kernel  [2]int // before, the kernel tells only by way of /proc
+	}{
+		{number, startVictim, byNumber, [2]int{}},
+		{process, startVictim, byProcess, [2]int{}},
+		{file, startWithPidFD, byPidFD, [2]int{6, 13}},
+		{saved, startSaved, bySaved, [2]int{6, 9}},
+	} {
 		add(fault{
-			doing: way.doing, fault: "/proc is not mounted", outcome: known,
+			doing: way.doing, fault: "/proc is not mounted", outcome: known, kernel: way.kernel,
 			prepare: way.prepare, inject: noProc, run: watchProcess(way.target),
 		})
 	}

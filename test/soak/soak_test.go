@@ -110,16 +110,16 @@ func TestSoak(t *testing.T) {
 	}
 	rounds := 0
 	for !t.Failed() && (rounds < 2 || time.Now().Before(until)) {
-		s.begin()
+		s.within("the begin of all sources", s.begin)
 		for n := 0; n < roundsOfLife && !t.Failed() && (n < 2 || time.Now().Before(until)); n++ {
-			s.round()
+			s.within("the end of a round", s.round)
 			s.balance()
 			if rounds++; rounds == 1 {
 				s.first = s.measure()
 			}
 			s.last = s.measureAgainst(s.first)
 		}
-		s.end()
+		s.within("the end of all streams", s.end)
 	}
 	t.Logf("soak of %v, %d rounds: %s", time.Since(begun).Round(time.Second), rounds, s.totals())
 }
@@ -200,7 +200,7 @@ func (s *soak) round() {
 	ctx, cancel := context.WithTimeout(s.ctx, time.Duration(100+s.random.IntN(900))*time.Millisecond)
 	defer cancel()
 	var work sync.WaitGroup
-	defer s.within("the end of a round", work.Wait)
+	defer work.Wait()
 	for _, p := range s.parts {
 		for range p.workers() {
 			random := rand.New(rand.NewPCG(s.random.Uint64(), 2))
@@ -248,15 +248,13 @@ func (s *soak) balance() {
 
 // end closes all streams.
 func (s *soak) end() {
-	s.within("the end of all streams", func() {
-		s.stream.Close()
-		<-s.consumed
-		for _, p := range s.parts {
-			if err := p.end(); err != nil {
-				s.t.Errorf("%s: the end: %v", p.name(), err)
-			}
+	s.stream.Close()
+	<-s.consumed
+	for _, p := range s.parts {
+		if err := p.end(); err != nil {
+			s.t.Errorf("%s: the end: %v", p.name(), err)
 		}
-	})
+	}
 }
 
 // within calls f, and ends the process with the stacks of all goroutines if it
@@ -265,7 +263,7 @@ func (s *soak) within(what string, f func()) {
 	timer := time.AfterFunc(*patient, func() {
 		stacks := make([]byte, 1<<20)
 		stacks = stacks[:runtime.Stack(stacks, true)]
-		fmt.Fprintf(os.Stderr, "soak: hung: %s: %s\n%s\n", what, s.totals(), stacks)
+		fmt.Fprintf(os.Stderr, "soak: hung: %s\n%s\n", what, stacks)
 		os.Exit(1)
 	})
 	defer timer.Stop()
