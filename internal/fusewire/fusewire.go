@@ -110,7 +110,7 @@ func DropForget(message []byte, node uint64) (rest []byte, lookups uint64, err e
 	if err != nil {
 		return message, 0, err
 	}
-	body := message[InHeaderSize:]
+	body := message[InHeaderSize : len(message)-h.ExtLen]
 	switch {
 	case h.Opcode == Forget && len(body) >= forgetSize:
 		if h.NodeID != node {
@@ -119,13 +119,15 @@ func DropForget(message []byte, node uint64) (rest []byte, lookups uint64, err e
 		return nil, order.Uint64(body), nil
 	case h.Opcode == BatchForget && len(body) >= batchHeaderSize &&
 		int64(order.Uint32(body))*forgetOneSize <= int64(len(body)-batchHeaderSize):
-		return dropFromBatch(message, node)
+		return dropFromBatch(message, h.ExtLen, node)
 	}
 	return message, 0, fmt.Errorf("%w: opcode %d with %d bytes", ErrMessage, h.Opcode, len(body))
 }
 
-func dropFromBatch(message []byte, node uint64) (rest []byte, lookups uint64, err error) {
-	body := message[InHeaderSize:]
+// dropFromBatch is DropForget for a BATCH_FORGET, which has extensions of extLen
+// bytes at its end.
+func dropFromBatch(message []byte, extLen int, node uint64) (rest []byte, lookups uint64, err error) {
+	body := message[InHeaderSize : len(message)-extLen]
 	count := int(order.Uint32(body))
 	list := body[batchHeaderSize:]
 	kept := 0
@@ -144,7 +146,7 @@ func dropFromBatch(message []byte, node uint64) (rest []byte, lookups uint64, er
 	if kept == 0 {
 		return nil, lookups, nil
 	}
-	rest = message[:InHeaderSize+batchHeaderSize+kept*forgetOneSize]
+	rest = append(message[:InHeaderSize+batchHeaderSize+kept*forgetOneSize], message[len(message)-extLen:]...)
 	order.PutUint32(rest, uint32(len(rest)))
 	order.PutUint32(rest[InHeaderSize:], uint32(kept))
 	return rest, lookups, nil

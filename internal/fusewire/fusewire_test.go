@@ -217,8 +217,12 @@ func FuzzDropForget(f *testing.F) {
 	f.Add(batch(1, 2, 9, 4, 5, 6), uint64(9))
 	f.Add(batch(9, 1), uint64(9))
 	f.Add(batch(), uint64(0))
-	f.Fuzz(func(t *testing.T, m []byte, node uint64) {
-		before := bytes.Clone(m)
+	extended := append(batch(1, 2, 9, 4, 5, 6), 1, 2, 3, 4, 5, 6, 7, 8)
+	order.PutUint32(extended, uint32(len(extended)))
+	order.PutUint16(extended[36:], 1) // total_extlen, in 8 bytes
+	f.Add(extended, uint64(9))
+	f.Fuzz(func(t *testing.T, input []byte, node uint64) {
+		before, m := input, bytes.Clone(input) // which DropForget changes
 		rest, lookups, err := DropForget(m, node)
 		if err != nil || lookups == 0 && bytes.Equal(rest, before) {
 			if !bytes.Equal(rest, before) {
@@ -230,11 +234,12 @@ func FuzzDropForget(f *testing.F) {
 			return
 		}
 		// What is left is a message of its own, without the node.
-		if h, err := DecodeInHeader(rest); err != nil || h.Opcode != BatchForget {
+		h, err := DecodeInHeader(rest)
+		if err != nil || h.Opcode != BatchForget {
 			t.Fatalf("%+v, %v", h, err)
 		}
 		count := int(order.Uint32(rest[InHeaderSize:]))
-		if InHeaderSize+8+16*count != len(rest) {
+		if InHeaderSize+8+16*count+h.ExtLen != len(rest) {
 			t.Errorf("%d entries in %d bytes", count, len(rest))
 		}
 		for i := range count {
