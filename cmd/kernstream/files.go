@@ -24,6 +24,16 @@ CAP_DAC_READ_SEARCH, too.
 
 A line that says q_overflow stands for events that were lost, because they came
 faster than they were printed.
+
+examples:
+  kernstream files /etc
+        what happens to the entries of /etc
+  kernstream files -type filesystem -events create,delete,rename,ondir /home
+        what comes and goes on the whole file system of /home
+  kernstream files -type mount -events open_exec -json /usr | jq -r .path
+        which programs of /usr are started
+  kernstream files -pid 4711 -type mount -events close_write /
+        what process 4711 and its like write, of a container for example
 `
 
 // What is watched if nobody says otherwise.
@@ -35,7 +45,7 @@ const (
 func files(ctx context.Context, env *environment, args []string) error {
 	flags, common := newFlags(env, "files", "[flags] PATH...", filesHelp)
 	pid := flags.Int("pid", 0, "take each PATH as the process `P` sees it")
-	kind := flags.String("type", "inode", "watch this of PATH: inode, mount or filesystem")
+	kind := flags.String("type", "inode", "what to watch of PATH, a `TYPE`: inode, mount or filesystem")
 	events := flags.String("events", "", "watch for these `EVENTS` (default "+entryEvents+"; of a mount or with -fd "+contentEvents+")")
 	descriptors := flags.Bool("fd", false, "let the kernel open each file, which works on every file system")
 	ctx, cancel, err := common.parse(ctx, env, flags, args)

@@ -17,6 +17,8 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -31,34 +33,60 @@ const (
 	exitIncomplete  = 5
 )
 
-const usage = `kernstream prints Linux kernel events as they happen.
+const usageHead = `kernstream prints Linux kernel events as they happen.
 
 usage: kernstream COMMAND [flags]
 
 commands:
-  mounts    the mount table, and every change of it
-  wait      the ends of processes, of any that are there
-  files     what happens to files, directories and file systems
-  record    which files a container, a directory or a command accesses, in order
+`
 
-flags of every command:
+const usageTail = `
+flags of every command that prints events:
   -json         print one JSON object per line
   -n N          stop after N events
   -timeout D    stop after a time such as 10s, with exit status 3
 
-kernstream COMMAND -help shows the flags of one command.
+examples:
+  kernstream mounts                     the mount table, and every change of it
+  kernstream files /etc                 who changes what in /etc
+  kernstream wait -timeout 1m 4711      how process 4711 ended
+  kernstream mounts -json | jq -c '.mounted[].mount_point'
+
+kernstream COMMAND -help explains a command, with examples of its own.
 
 exit status: 0 done or interrupted, 1 failure, 2 usage, 3 timeout,
 4 not supported or not permitted, 5 a record is incomplete
 `
 
-// commands are the commands by name. Each gets its arguments and returns when
-// it is done; the error decides on the exit status.
-var commands = map[string]func(ctx context.Context, env *environment, args []string) error{
-	"mounts": mounts,
-	"wait":   waitProcesses,
-	"files":  files,
-	"record": record,
+// A command is one of those that kernstream has.
+type command struct {
+	name    string
+	summary string // for the list of them
+
+	// run gets the arguments and returns when it is done; the error decides on
+	// the exit status.
+	run func(ctx context.Context, env *environment, args []string) error
+}
+
+// commands returns the commands in the order in which they are listed.
+func commands() []command {
+	return []command{
+		{"mounts", "the mount table, and every change of it", mounts},
+		{"wait", "the ends of processes, of any that are there", waitProcesses},
+		{"files", "what happens to files, directories and file systems", files},
+		{"record", "which files a container, a directory or a command accesses, in order", record},
+		{"completion", "a script that lets a shell complete these", completion},
+	}
+}
+
+func usage() string {
+	var b strings.Builder
+	b.WriteString(usageHead)
+	for _, c := range commands() {
+		fmt.Fprintf(&b, "  %-12s%s\n", c.name, c.summary)
+	}
+	b.WriteString(usageTail)
+	return b.String()
 }
 
 // environment is what a command uses of the process.
@@ -71,6 +99,10 @@ type environment struct {
 	// exit ends the process, for a command that cannot end by itself: nobody
 	// reads what it writes.
 	exit func(status int)
+
+	// declared, if there is one, gets the flags of a command, which then ends
+	// without having done anything (see outline).
+	declared func(synopsis string, flags *flag.FlagSet)
 }
 
 // grace is how long a command may take to end once it is to.
@@ -79,6 +111,8 @@ const grace = time.Second
 var (
 	errTimeout = errors.New("the time is up")
 	errUsage   = errors.New("wrong usage") // has been explained already
+
+	errDeclared = errors.New("only asked for its flags") // see environment.declared
 )
 
 func main() {
@@ -90,20 +124,25 @@ func main() {
 
 func run(ctx context.Context, env *environment, args []string) int {
 	if len(args) == 0 {
-		fmt.Fprint(env.stderr, usage)
+		fmt.Fprint(env.stderr, usage())
 		return exitUsage
 	}
-	switch args[0] {
+	name, args := args[0], args[1:]
+	switch name {
 	case "help", "-h", "-help", "--help":
-		fmt.Fprint(env.stdout, usage)
-		return exitDone
+		if len(args) == 0 {
+			fmt.Fprint(env.stdout, usage())
+			return exitDone
+		}
+		name, args = args[0], []string{"-help"}
 	}
-	command, ok := commands[args[0]]
-	if !ok {
-		fmt.Fprintf(env.stderr, "kernstream: unknown command %q\n\n%s", args[0], usage)
+	known := commands()
+	i := slices.IndexFunc(known, func(c command) bool { return c.name == name })
+	if i < 0 {
+		fmt.Fprintf(env.stderr, "kernstream: unknown command %q\n\n%s", name, usage())
 		return exitUsage
 	}
-	err := command(ctx, env, args[1:])
+	err := known[i].run(ctx, env, args)
 	status := exitStatus(ctx, err)
 	if _, passedOn := errors.AsType[commandStatus](err); status != exitDone && status != exitUsage && !passedOn {
 		fmt.Fprintln(env.stderr, "kernstream:", err)
@@ -134,18 +173,19 @@ func exitStatus(ctx context.Context, err error) int {
 	return exitFailure
 }
 
-// common are the flags that every command has.
+// common are the flags that every command has that prints events.
 type common struct {
-	json    bool
-	n       int
-	timeout time.Duration
+	synopsis string // of the command
+	json     bool
+	n        int
+	timeout  time.Duration
 }
 
 // newFlags returns the flags of a command; synopsis and help describe it.
 func newFlags(env *environment, name, synopsis, help string) (*flag.FlagSet, *common) {
 	flags := flag.NewFlagSet(name, flag.ContinueOnError)
 	flags.SetOutput(env.stderr)
-	c := &common{}
+	c := &common{synopsis: synopsis}
 	flags.BoolVar(&c.json, "json", false, "print one JSON object per line")
 	flags.IntVar(&c.n, "n", 0, "stop after `N` events")
 	flags.DurationVar(&c.timeout, "timeout", 0, "stop after this time, with exit status 3")
@@ -159,17 +199,8 @@ func newFlags(env *environment, name, synopsis, help string) (*flag.FlagSet, *co
 // parse parses args, checks the common flags, and returns the context of the
 // command.
 func (c *common) parse(ctx context.Context, env *environment, flags *flag.FlagSet, args []string) (context.Context, context.CancelFunc, error) {
-	var said bytes.Buffer
-	flags.SetOutput(&said)
-	err := flags.Parse(args)
-	flags.SetOutput(env.stderr)
-	if errors.Is(err, flag.ErrHelp) {
-		env.stdout.Write(said.Bytes()) // asked for, so it is no complaint
+	if err := parseOrExplain(env, flags, c.synopsis, args); err != nil {
 		return nil, nil, err
-	}
-	if err != nil {
-		env.stderr.Write(said.Bytes())
-		return nil, nil, errUsage
 	}
 	switch {
 	case c.n < 0:
@@ -188,6 +219,28 @@ func (c *common) parse(ctx context.Context, env *environment, flags *flag.FlagSe
 		env.exit(exitStatus(signals, context.Cause(ctx)))
 	})
 	return ctx, func() { stop(); cancel() }, nil
+}
+
+// parseOrExplain parses args. What -help prints was asked for, so it is no
+// complaint.
+func parseOrExplain(env *environment, flags *flag.FlagSet, synopsis string, args []string) error {
+	if env.declared != nil {
+		env.declared(synopsis, flags)
+		return errDeclared
+	}
+	var said bytes.Buffer
+	flags.SetOutput(&said)
+	err := flags.Parse(args)
+	flags.SetOutput(env.stderr)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, flag.ErrHelp):
+		env.stdout.Write(said.Bytes())
+		return err
+	}
+	env.stderr.Write(said.Bytes())
+	return errUsage
 }
 
 // wrongUsage explains what is wrong with the arguments.

@@ -13,7 +13,24 @@ import (
 
 const mountsHelp = `Prints the mount table, and then every change of it, until it is interrupted.
 The marks are + mounted, - unmounted, > moved, ~ changed. Any user may run it.
+
+A few changes wake nobody, such as propagation that is changed by mount(2):
+-rescan finds them. With -json, each line has the lists mounted, unmounted,
+moved and changed, with all fields of the mounts.
+
+examples:
+  kernstream mounts -initial=false
+        what is mounted and unmounted from here on
+  kernstream mounts -once -json | jq -r '.mounted[] | select(.fs_type == "nfs4") | .mount_point'
+        the mount points of all NFS mounts
+  kernstream mounts -pid 4711 -rescan 10s
+        those that process 4711 sees, of a container for example
+  kernstream mounts -coalesce 200ms -initial=false -n 1 -timeout 1m
+        wait for the next change, and for what comes with it
 `
+
+// mountVias are the ways that -via takes.
+var mountVias = []kernstream.MountVia{kernstream.ViaAuto, kernstream.ViaFanotify, kernstream.ViaMountinfo}
 
 func mounts(ctx context.Context, env *environment, args []string) error {
 	flags, common := newFlags(env, "mounts", "[flags]", mountsHelp)
@@ -22,15 +39,14 @@ func mounts(ctx context.Context, env *environment, args []string) error {
 	coalesce := flags.Duration("coalesce", 0, "join changes that follow each other within this time")
 	initial := flags.Bool("initial", true, "print the whole table first")
 	rescan := flags.Duration("rescan", 0, "look this often for changes that the kernel does not tell of")
-	via := flags.String("via", "auto", "follow the table by `WAY`: auto, fanotify or mountinfo")
+	via := flags.String("via", "auto", "follow the table this `WAY`: auto, fanotify or mountinfo")
 	ctx, cancel, err := common.parse(ctx, env, flags, args)
 	if err != nil {
 		return err
 	}
 	defer cancel()
 	options := &kernstream.MountOptions{PID: *pid, NoInitial: !*initial, Rescan: *rescan}
-	ways := []kernstream.MountVia{kernstream.ViaAuto, kernstream.ViaFanotify, kernstream.ViaMountinfo}
-	way := slices.IndexFunc(ways, func(way kernstream.MountVia) bool { return way.String() == *via })
+	way := slices.IndexFunc(mountVias, func(way kernstream.MountVia) bool { return way.String() == *via })
 	switch {
 	case flags.NArg() > 0:
 		return wrongUsage(flags, "unexpected argument %q", flags.Arg(0))
@@ -43,7 +59,7 @@ func mounts(ctx context.Context, env *environment, args []string) error {
 	case way < 0:
 		return wrongUsage(flags, "-via is %q; want auto, fanotify or mountinfo", *via)
 	}
-	options.Via = ways[way]
+	options.Via = mountVias[way]
 	if *coalesce > 0 {
 		options.Coalesce = kernstream.CoalesceFor(*coalesce)
 	}

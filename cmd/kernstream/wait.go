@@ -16,6 +16,14 @@ import (
 const waitHelp = `Waits until all of the processes have ended, whosever they are, and prints a line
 for each when it does. Any user may run it. The status of a process of another
 user is unknown until it is reaped, unless you are root.
+
+examples:
+  kernstream wait 4711 4712
+        until both have ended, with a line for each
+  kernstream wait -any -timeout 30s 4711 4712
+        until one of them has ended, or half a minute has passed
+  kernstream wait -reaped -json 4711 | jq .exit_code
+        its status, also when only its parent may know it before
 `
 
 func waitProcesses(ctx context.Context, env *environment, args []string) error {
