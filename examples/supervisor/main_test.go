@@ -1,0 +1,238 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/kernstream/kernstream/internal/testenv"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+func init() {
+	testenv.RegisterChild("supervisor", func(args []string) int {
+		os.Args = append([]string{"supervisor"}, args...)
+		main()
+		return 0
+	})
+}
+
+// patience is how long a test waits for what must happen.
+const patience = 2 * time.Minute
+
+// A herd is processes that are children of a shell.
+type herd struct {
+	pids []int
+	end  func() // lets all end that are left
+}
+
+// startHerd starts n processes that read from the shell's standard input, and
+// end with it.
+func startHerd(t *testing.T, n int) *herd {
+	t.Helper()
+	shell := exec.CommandContext(t.Context(), testenv.NeedTool(t, "sh"), "-c", `
+		exec 3<&0
+		i=0
+		while [ $i -lt `+strconv.Itoa(n)+` ]; do
+			cat <&3 >/dev/null &
+			echo $!
+			i=$((i+1))
+		done
+		wait`)
+	stdin, err := shell.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := shell.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := shell.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		stdin.Close()
+		shell.Wait()
+	})
+	h := &herd{end: func() { stdin.Close() }}
+	for scanner := bufio.NewScanner(stdout); len(h.pids) < n && scanner.Scan(); {
+		pid, err := strconv.Atoi(scanner.Text())
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.pids = append(h.pids, pid)
+	}
+	if len(h.pids) < n {
+		t.Fatalf("%d of %d processes", len(h.pids), n)
+	}
+	return h
+}
+
+// running is a supervisor.
+type running struct {
+	t     *testing.T
+	cmd   *exec.Cmd
+	stdin io.WriteCloser
+	lines *bufio.Scanner
+}
+
+func start(t *testing.T, args ...string) *running {
+	t.Helper()
+	cmd := testenv.Child(t, "supervisor", args...)
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	timer := time.AfterFunc(patience, func() { cmd.Process.Kill() })
+	t.Cleanup(func() {
+		timer.Stop()
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	return &running{t, cmd, stdin, bufio.NewScanner(stdout)}
+}
+
+func (r *running) give(words ...any) { fmt.Fprintln(r.stdin, words...) }
+
+func (r *running) line() string {
+	r.t.Helper()
+	if !r.lines.Scan() {
+		r.t.Fatal("it says no more")
+	}
+	return r.lines.Text()
+}
+
+// end waits until it has ended by itself.
+func (r *running) end() {
+	r.t.Helper()
+	for r.lines.Scan() {
+		r.t.Errorf("it also says %q", r.lines.Text())
+	}
+	if err := r.cmd.Wait(); err != nil {
+		r.t.Errorf("it ends with %v", err)
+	}
+}
+
+// A thousand processes that are not its children end, and each is told once,
+// with its status as far as the kernel tells it.
+func TestThousand(t *testing.T) {
+	h := startHerd(t, 1000)
+	r := start(t)
+	for _, pid := range h.pids {
+		r.give(pid)
+	}
+	r.give(h.pids[0]) // once more
+	r.give("nonsense")
+	if line := r.line(); line != `"nonsense" is no process` {
+		t.Errorf("it says %q", line)
+	}
+	syscall.Kill(h.pids[0], syscall.SIGKILL)
+	// Until it is reaped this user may know how; afterwards Linux 6.15 tells.
+	if line := r.line(); !strings.HasPrefix(line, fmt.Sprintf("process %d ended: ", h.pids[0])) {
+		t.Errorf("it says %q of the process that was killed", line)
+	}
+	r.stdin.Close()
+	h.end()
+	told := map[string]bool{}
+	for range h.pids[1:] {
+		line := r.line()
+		if told[line] {
+			t.Errorf("%q is said twice", line)
+		}
+		told[line] = true
+	}
+	for _, pid := range h.pids[1:] {
+		name := fmt.Sprintf("process %d ended: ", pid)
+		if !told[name+"status 0"] && !told[name+"nobody may know how"] {
+			t.Errorf("nothing is said of process %d", pid)
+		}
+	}
+	r.end()
+}
+
+// What ends while no supervisor runs is told by the next one; what is alive is
+// waited for. A number that is another process's is not taken for the one that
+// was saved.
+func TestState(t *testing.T) {
+	state := filepath.Join(t.TempDir(), "state")
+	h := startHerd(t, 3)
+	r := start(t, "-state", state)
+	for _, pid := range h.pids {
+		r.give(pid)
+	}
+	r.give("all given")
+	r.line()
+	r.cmd.Process.Signal(syscall.SIGINT)
+	r.end()
+	text, err := os.ReadFile(state)
+	if err != nil || strings.Count(string(text), "\n") != 3 {
+		t.Fatalf("the state is %q, %v", text, err)
+	}
+	syscall.Kill(h.pids[1], syscall.SIGKILL)
+	waitGone(t, h.pids[1])
+	// Somebody else has the number of the third.
+	swapped := strings.NewReplacer(fmt.Sprint(h.pids[2], ":"), fmt.Sprint(os.Getpid(), ":")).Replace(string(text))
+	if err := os.WriteFile(state, []byte(swapped), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	r = start(t, "-state", state)
+	gone := map[string]bool{r.line(): true, r.line(): true}
+	for _, pid := range []int{h.pids[1], os.Getpid()} {
+		if want := fmt.Sprintf("process %d has ended already", pid); !gone[want] {
+			t.Errorf("it says %v; want %q", gone, want)
+		}
+	}
+	r.stdin.Close()
+	h.end()
+	if line := r.line(); !strings.HasPrefix(line, fmt.Sprintf("process %d ended: ", h.pids[0])) {
+		t.Errorf("it says %q", line)
+	}
+	r.end()
+	if text, err := os.ReadFile(state); len(text) > 0 || err != nil {
+		t.Errorf("the state at the end is %q, %v", text, err)
+	}
+}
+
+// waitGone waits until a process has been reaped. The shell does that at once.
+func waitGone(t *testing.T, pid int) {
+	t.Helper()
+	for begin := time.Now(); syscall.Kill(pid, 0) == nil; time.Sleep(time.Millisecond) {
+		if time.Since(begin) > patience {
+			t.Fatal("the process stays")
+		}
+	}
+}
+
+// A state file that is damaged, and one that cannot be written, is an error that
+// names it.
+func TestBadState(t *testing.T) {
+	state := filepath.Join(t.TempDir(), "state")
+	if err := os.WriteFile(state, []byte("nonsense"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{state, filepath.Join(state, "below a file")} {
+		cmd := testenv.Child(t, "supervisor", "-state", path)
+		cmd.Stderr = nil
+		out, err := cmd.CombinedOutput()
+		if err == nil || !strings.Contains(string(out), path) {
+			t.Errorf("%s: %v, %q", path, err, out)
+		}
+	}
+}
