@@ -21,7 +21,7 @@ type tree struct {
 	root    string                 // the first path that was looked at
 	known   map[string]fingerprint
 	entries map[string]map[string]bool // the paths of a directory's entries
-	looking bool // for the first time: everything is as it should be
+	looking bool                       // for the first time: everything is as it should be
 }
 
 func newTree(out io.Writer, mark func(dir string) error) *tree {
