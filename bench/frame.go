@@ -146,6 +146,19 @@ func (b *bench) interleave(repeat int, contenders ...contender) (*outcome, error
 	return o, nil
 }
 
+// sizes returns the sizes of a case: always, and when there are to be plots those
+// between them, too.
+func (b *bench) sizes(plotted []int, always ...int) []int {
+	sizes := slices.Clone(always)
+	for _, n := range plotted {
+		if b.svg != "" && n < slices.Max(always) {
+			sizes = append(sizes, n)
+		}
+	}
+	slices.Sort(sizes)
+	return sizes
+}
+
 func (b *bench) sample(c contender, s *sampler) (err error) {
 	runtime.GC()
 	pprof.Do(b.ctx, pprof.Labels("case", b.name, "contender", c.name), func(context.Context) {

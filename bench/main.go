@@ -42,6 +42,7 @@ type settings struct {
 	quick   bool
 	json    bool
 	profile string
+	svg     string // the directory for the plots; "": there are none
 }
 
 func main() {
@@ -94,6 +95,7 @@ func parseFlags(args []string) (*settings, error) {
 	flags.BoolVar(&set.quick, "quick", false, "small tables and few rounds: shows that it runs, not how fast")
 	flags.BoolVar(&set.json, "json", false, "print one JSON object per line and case")
 	flags.StringVar(&set.profile, "cpuprofile", "", "write a CPU profile with the labels case and contender to `file`")
+	flags.StringVar(&set.svg, "svg", "", "draw plots of the figures into `directory`; some are measured at more sizes for that")
 	if err := flags.Parse(args); err != nil {
 		return nil, err
 	}
@@ -137,6 +139,7 @@ func run(ctx context.Context, set *settings, dir string) error {
 		report, headerTo = &jsonReporter{out: os.Stdout}, os.Stderr
 	}
 	fmt.Fprintln(headerTo, header)
+	noted := &notingReporter{reporter: report}
 
 	if set.profile != "" {
 		file, err := os.Create(set.profile)
@@ -149,7 +152,7 @@ func run(ctx context.Context, set *settings, dir string) error {
 		}
 		defer pprof.StopCPUProfile()
 	}
-	b := &bench{ctx: ctx, settings: set, dir: dir, report: report, progress: os.Stderr}
+	b := &bench{ctx: ctx, settings: set, dir: dir, report: noted, progress: os.Stderr}
 	for _, g := range groups {
 		if err := b.runGroup(g); err != nil {
 			return err
@@ -158,7 +161,16 @@ func run(ctx context.Context, set *settings, dir string) error {
 	if b.ran == 0 {
 		return fmt.Errorf("-only %s: there is no such case", strings.Join(set.only, ","))
 	}
-	return nil
+	if set.svg == "" {
+		return nil
+	}
+	caption := header + "; cd bench && go run . -svg ../docs/bench"
+	if set.quick {
+		caption = header + "; a quick run, which shows nothing but that it runs"
+	}
+	files, err := writePlots(set.svg, noted.results, caption)
+	fmt.Fprintln(headerTo, "plots:", strings.Join(files, " "))
+	return err
 }
 
 // describeMachine returns what the absolute figures depend on.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"time"
 
 	"github.com/moby/sys/mountinfo"
@@ -34,12 +35,16 @@ func benchMounts(b *bench) error {
 	if err := b.run("slaves", func() error { return benchSlaves(b, table) }); err != nil {
 		return err
 	}
-	for _, n := range []int{smallTable, largeTable} {
-		n = min(n, b.scale(n, 400))
+	for _, n := range b.sizes(plotTables, smallTable, b.scale(largeTable, 400)) {
 		if err := table.grow(n); err != nil {
 			return err
 		}
-		if err := benchMountsAt(b, table, n > smallTable); err != nil {
+		if slices.Contains(plotTables, n) {
+			err = b.run("watcher CPU", func() error { return benchWatcherCPU(b, table) })
+		} else {
+			err = benchMountsAt(b, table, n > smallTable)
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -64,6 +64,17 @@ type reporter interface {
 	flush() error // ends a group
 }
 
+// notingReporter keeps all results while it reports them.
+type notingReporter struct {
+	reporter
+	results figures
+}
+
+func (n *notingReporter) row(r result) {
+	n.results = append(n.results, r)
+	n.reporter.row(r)
+}
+
 type jsonReporter struct {
 	out io.Writer
 	err error
