@@ -12,7 +12,7 @@ import (
 // Time returns e.When.
 func (e *ProcessEvent) Time() time.Time { return e.When }
 
-// String returns the event in one line: "process 4711: exited with status 3".
+// String returns the event in one line: "process 4711: exited, status 3".
 func (e *ProcessEvent) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "process %v: %v", e.Process, e.Phase)
