@@ -227,8 +227,8 @@ func (r *run[T]) left() bool { return r.own }
 // A Source is a [Stream], or something that embeds one. It is what [Merge]
 // takes.
 type Source interface {
-	Err() error
-	Close() error
+	Err() error   // see [Stream.Err]
+	Close() error // see [Stream.Close]
 
 	// forward passes the events on to c until the stream or ctx ends, and
 	// closes the stream. It returns the error of a source that failed before

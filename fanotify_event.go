@@ -19,8 +19,8 @@ import (
 // [FileOptions.Descriptors] or [FileOptions.ReportPidFD], and every permission
 // event. Close is legal on every other, too.
 type FileEvent struct {
-	When time.Time
-	Ops  FileOp // what happened: a set
+	When time.Time // of reading it
+	Ops  FileOp    // what happened: a set
 
 	// Path is what it happened to, as seen from the root directory of this
 	// process, and OldPath where that was before, if Ops has OpRename. Which of
@@ -35,7 +35,7 @@ type FileEvent struct {
 	OldPath   string
 	PathState PathState
 
-	Via FileVia
+	Via FileVia // which kind of group it came from
 
 	// PID is the process that did it, and TID, with FileOptions.ReportTID, the
 	// thread instead. 0: it is not in the process ID namespace of this

@@ -36,7 +36,7 @@ type Mark struct {
 	// Ignore makes it a mark that takes events away instead.
 	Ignore IgnoreMode
 
-	Flags MarkFlags
+	Flags MarkFlags // how the mark is made; mostly none
 }
 
 // A MarkType is the kind of object that a [Mark] is about.

@@ -129,6 +129,9 @@ func TestFileMarkFlags(t *testing.T) {
 		t.Errorf("flags are %q", got)
 	}
 
+	if flags := kernstream.MarkEvictable | kernstream.MarkOnlyDir; !flags.Has(kernstream.MarkOnlyDir) || flags.Has(kernstream.MarkOnlyDir|kernstream.MarkDontFollow) {
+		t.Errorf("%v does not have what it has", flags)
+	}
 	evictable := kernstream.Mark{Path: l.path("f"), Ops: opOpen, Flags: kernstream.MarkEvictable}
 	if err := l.w.Mark(evictable); !testenv.KernelAtLeast(5, 19) {
 		wantError(t, err, errors.ErrUnsupported, "5.19")

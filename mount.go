@@ -33,7 +33,7 @@ type Mount struct {
 	ParentID uint64 // of the mount that this one is mounted on, which need not be in the table; 0: not known
 
 	MountInfoID       uint32 // given to another mount when this one is gone
-	MountInfoParentID uint32
+	MountInfoParentID uint32 // of the mount that this one is mounted on
 	Major, Minor      uint32 // the device of its files, st_dev in stat(2)
 
 	Root         string   // what of the file system is its root: "/", or a directory or file of a bind mount
@@ -51,7 +51,10 @@ type Mount struct {
 }
 
 // A MountChange is a mount before and after something about it changed.
-type MountChange struct{ Old, New Mount }
+type MountChange struct {
+	Old Mount // as it was told last
+	New Mount // as it is
+}
 
 // A MountEvent is how a mount table changed. Who keeps a table gets the next
 // one by applying Unmounted, Moved, Changed and Mounted in this order, whatever
@@ -68,7 +71,7 @@ type MountChange struct{ Old, New Mount }
 // The lists belong to the consumer. What the mounts in them refer to (Optional
 // and Raw) is shared, and must not be changed.
 type MountEvent struct {
-	When time.Time
+	When time.Time // of reading it
 
 	Initial   bool // the first event, whose Mounted is the whole table
 	Coalesced bool // two or more changes of the table in one: held by MountOptions.Coalesce, or for a slow consumer
@@ -76,10 +79,10 @@ type MountEvent struct {
 
 	Via MountVia // how it was found out
 
-	Mounted   []Mount
-	Unmounted []Mount
-	Moved     []MountChange
-	Changed   []MountChange
+	Mounted   []Mount       // what is there and was not
+	Unmounted []Mount       // what was there and is not, as it was
+	Moved     []MountChange // what is elsewhere, or has something else below it
+	Changed   []MountChange // what is different in any other way
 }
 
 // A MountVia is a way to follow a mount table. Both tell the same story; how soon

@@ -60,9 +60,9 @@ func (p Phase) String() string {
 type ProcessEvent struct {
 	When time.Time // of reading it
 
-	Process     ProcessID
-	Phase       Phase
-	StatusKnown bool
+	Process     ProcessID          // which one it was
+	Phase       Phase              // what it came to
+	StatusKnown bool               // whether this program may know how it ended
 	Status      syscall.WaitStatus // valid if StatusKnown; it has Exited, ExitStatus, Signaled, Signal and CoreDump
 
 	Watch *Watch // which watch of a ProcessWatcher it is of; nil for WatchProcess

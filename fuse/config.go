@@ -56,7 +56,7 @@ type Config struct {
 	FSName  string // the source in the mount table; "" is "kernstream"
 	Subtype string // makes the type in the mount table "fuse.SUBTYPE"
 
-	ReadOnly bool
+	ReadOnly bool // nobody may write
 
 	// AllowOther lets other users use the file system than the one who mounts
 	// it: not even root may otherwise. An ordinary user may ask for it if

@@ -20,7 +20,7 @@ import (
 // include/uapi/linux/fuse.h).
 type Header struct {
 	Len    uint32 // of the whole message, in bytes
-	Opcode Opcode
+	Opcode Opcode // what is asked for
 	Unique uint64 // names the request; bit 63 is set when it is sent again
 	NodeID uint64 // of the file that it is about; 1 is the root
 	UID    uint32 // of the client; meaningless if nobody's, as in RELEASE
@@ -37,7 +37,7 @@ type Header struct {
 // closed.
 type Request struct {
 	When   time.Time // when it was read
-	Header Header
+	Header Header    // what it is and of whom
 
 	// Body is what follows the header. It is valid until the request is
 	// answered or closed; the memory is used again then. The data of a WRITE is

@@ -3,14 +3,19 @@ package fuse_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
 	"reflect"
 	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kernstream/kernstream"
 	"github.com/kernstream/kernstream/fuse"
 	"github.com/kernstream/kernstream/internal/fusewire"
+	"github.com/kernstream/kernstream/internal/testenv"
 )
 
 // What was agreed on holds: a WRITE is as large as was asked for, and no larger,
@@ -42,6 +47,33 @@ func TestMaxWrite(t *testing.T) {
 			t.Errorf("the largest WRITE has %d bytes; want %d", most, size)
 		}
 		l.s.Close()
+	}
+}
+
+// What is asked for at the start is what the kernel does.
+func TestStartNumbers(t *testing.T) {
+	l := newLab(t, &fuse.Config{MaxReadahead: 64 << 10, MaxBackground: 7, CongestionThreshold: 5, RequestTimeout: 3600})
+	state := l.s.State()
+	if state.Minor < 31 || state.Minor > 45 || state.MaxReadahead != 64<<10 || int(state.MaxPages)*os.Getpagesize() < int(state.MaxWrite) {
+		t.Errorf("%+v", state)
+	}
+	if got, want := state.Flags.Has(fuse.InitRequestTimeout), testenv.KernelAtLeast(6, 18); got != want {
+		t.Errorf("a timeout of requests: %t; want %t", got, want)
+	}
+
+	testenv.NeedRoot(t, "fusectl")
+	mounts, err := kernstream.Mounts(&kernstream.MountOptions{Filter: func(m *kernstream.Mount) bool { return m.MountPoint == l.dir }})
+	if err != nil || len(mounts) != 1 {
+		t.Fatalf("%d mounts, %v", len(mounts), err)
+	}
+	control := t.TempDir()
+	testenv.Mount(t, "fusectl", control, "fusectl", 0, "")
+	defer testenv.Unmount(t, control)
+	for name, want := range map[string]string{"max_background": "7\n", "congestion_threshold": "5\n"} {
+		path := filepath.Join(control, fmt.Sprint(mounts[0].Minor), name)
+		if got, err := os.ReadFile(path); string(got) != want || err != nil {
+			t.Errorf("%s is %q, %v; want %q", name, got, err, want)
+		}
 	}
 }
 

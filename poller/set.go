@@ -53,9 +53,9 @@ func (id ID) generation() uint32 { return uint32(id >> 32) }
 
 // Ready is a descriptor that became ready.
 type Ready[V any] struct {
-	ID     ID
+	ID     ID     // which one it is
 	Events uint32 // EPOLLIN, EPOLLHUP and so on, see epoll_ctl(2)
-	Value  V
+	Value  V      // what it was added with
 }
 
 // NewSet returns a Set without descriptors.
