@@ -164,7 +164,7 @@ func run(ctx context.Context, set *settings, dir string) error {
 	if set.svg == "" {
 		return nil
 	}
-	caption := header + "; cd bench && go run . -svg ../docs/bench"
+	caption := fmt.Sprintf("%s; %d rounds of cd bench && go run . -svg ../docs/bench", header, set.rounds)
 	if set.quick {
 		caption = header + "; a quick run, which shows nothing but that it runs"
 	}
