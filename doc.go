@@ -89,22 +89,35 @@
 //
 // # Privileges and kernels
 //
-// The package is written for Linux 5.10 and later, and tested on 6.1, 6.12 and
-// newer. Each source tries the best way that this kernel has, by doing it once,
-// and falls back to others without being asked; its documentation says what each
-// needs. Where nothing works the error Is errors.ErrUnsupported or
-// fs.ErrPermission, and says what is missing.
+//  1. The package is written for Linux 5.10 and later, and tested on 6.1, 6.12
+//     and newer.
+//  2. Each source tries the best way that this kernel and these privileges have,
+//     by doing it once, and falls back to others without being asked. Via of an
+//     event says which it was.
+//  3. Every source has a way that needs no privilege; what needs one says which.
+//     Nothing asks for more than it was given, and nothing runs another program,
+//     except fusermount3 if a session may be mounted in no other way.
+//  4. Where nothing works, the error Is errors.ErrUnsupported or
+//     fs.ErrPermission, and says what is missing: the version, the capability,
+//     the limit.
 //
 // # Debugging
 //
-// The descriptors that this package holds, with the stacks that opened them,
-// are the profile "kernstream.descriptors" of runtime/pprof; those of processes
-// stand behind one of them. The command
-// kernstream shows events as this package delivers them.
+//  1. The command kernstream shows events as this package delivers them.
+//  2. The descriptors that this package holds, with the stacks that opened them,
+//     are the profile "kernstream.descriptors" of runtime/pprof; those of
+//     processes stand behind one of them.
+//  3. A stream that does not come to its end waits for its consumer or for a
+//     function of the program: both are in a profile of goroutines.
+//  4. String of an event is a line for a log, its JSON is what the command prints
+//     with -json.
+//  5. An [OpError] names the system call, what it was done to, and the errno.
 //
 // # Testing
 //
-// A consumer takes a *[Stream], and [NewStream] makes one of any function, so a
-// test can give it the events that it likes. No descriptor is in it, so that
-// works in a testing/synctest bubble, too.
+//  1. A consumer takes a *[Stream], and [NewStream] makes one of any function, so
+//     a test can give it the events that it likes.
+//  2. No descriptor is in such a stream, so it works in a testing/synctest bubble,
+//     too. Streams of the kernel do not: the fake clock stands still while one
+//     waits.
 package kernstream
