@@ -152,7 +152,7 @@ func rootAttributes() []byte {
 }
 
 // patience is how long a test waits for what must happen.
-const patience = 2 * time.Minute
+const patience = 2 * testenv.Patience
 
 // TestSnippets: the functions of this file are those of the text, and each
 // source has one before and one after.

@@ -28,7 +28,7 @@ func init() {
 }
 
 // patience is how long a test waits for what must happen.
-const patience = 2 * time.Minute
+const patience = 2 * testenv.Patience
 
 // running is a monitor of the directory dir.
 type running struct {

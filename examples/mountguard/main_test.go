@@ -51,7 +51,7 @@ func start(t *testing.T, args ...string) *running {
 // says waits for the next line.
 func (r *running) says(want string) {
 	r.t.Helper()
-	timer := time.AfterFunc(time.Minute, func() { r.cmd.Process.Kill() })
+	timer := time.AfterFunc(testenv.Patience, func() { r.cmd.Process.Kill() })
 	defer timer.Stop()
 	if line, err := r.out.ReadString('\n'); line != want+"\n" {
 		r.t.Fatalf("it says %q (%v); want %q", line, err, want)
@@ -61,7 +61,7 @@ func (r *running) says(want string) {
 func (r *running) interrupt() {
 	r.t.Helper()
 	r.cmd.Process.Signal(syscall.SIGINT)
-	timer := time.AfterFunc(time.Minute, func() { r.cmd.Process.Kill() })
+	timer := time.AfterFunc(testenv.Patience, func() { r.cmd.Process.Kill() })
 	defer timer.Stop()
 	if err := r.cmd.Wait(); err != nil {
 		r.t.Errorf("after an interrupt: %v", err)

@@ -51,7 +51,7 @@ func start(t *testing.T, script string) *running {
 		t.Fatal(err)
 	}
 	r.lines = bufio.NewScanner(out)
-	timer := time.AfterFunc(2*time.Minute, func() { r.cmd.Process.Kill() })
+	timer := time.AfterFunc(2*testenv.Patience, func() { r.cmd.Process.Kill() })
 	t.Cleanup(func() {
 		timer.Stop()
 		r.cmd.Process.Kill()

@@ -27,7 +27,7 @@ func init() {
 }
 
 // patience is how long a test waits for what must happen.
-const patience = 2 * time.Minute
+const patience = 2 * testenv.Patience
 
 // A herd is processes that are children of a shell.
 type herd struct {

@@ -21,7 +21,7 @@ import (
 func TestMain(m *testing.M) { testenv.MainInNamespace(m) }
 
 // patience is how long a test waits for what must happen.
-const patience = 2 * time.Minute
+const patience = 2 * testenv.Patience
 
 // record is a line of the log.
 type record struct {
