@@ -1,10 +1,8 @@
 package main
 
 import (
-	"bufio"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -19,50 +17,26 @@ import (
 
 func TestMain(m *testing.M) { testenv.MainInNamespace(m) }
 
-func init() {
-	testenv.RegisterChild("integrity", func(args []string) int {
-		os.Args = append([]string{"integrity"}, args...)
-		main()
-		return 0
-	})
-}
-
-// patience is how long a test waits for what must happen.
-const patience = 2 * testenv.Patience
+func init() { testenv.RegisterMain("integrity", main) }
 
 // running is a monitor of the directory dir.
 type running struct {
-	t     *testing.T
-	dir   string
-	cmd   *exec.Cmd
-	lines *bufio.Scanner
+	*testenv.Program
+	t   *testing.T
+	dir string
 }
 
 // start runs it on dir until it knows the tree.
 func start(t *testing.T, dir string) *running {
 	t.Helper()
-	cmd := testenv.Child(t, "integrity", dir)
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	timer := time.AfterFunc(patience, func() { cmd.Process.Kill() })
-	t.Cleanup(func() {
-		timer.Stop()
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	r := &running{t, dir, cmd, bufio.NewScanner(stdout)}
-	r.says("watching " + dir)
+	r := &running{testenv.StartProgram(t, "integrity", dir), t, dir}
+	r.Says("watching " + dir)
 	return r
 }
 
-// says reads until it has said all of these lines, in any order, and nothing
+// tells reads until it has said all of these lines, in any order, and nothing
 // else.
-func (r *running) says(lines ...string) {
+func (r *running) tells(lines ...string) {
 	r.t.Helper()
 	want := map[string]bool{}
 	for _, line := range lines {
@@ -73,24 +47,11 @@ func (r *running) says(lines ...string) {
 		want[what+" "+path] = true
 	}
 	for len(want) > 0 {
-		if !r.lines.Scan() {
-			r.t.Fatalf("it says no more; want %v", want)
-		}
-		if line := r.lines.Text(); !want[line] {
+		line := r.Line()
+		if !want[line] {
 			r.t.Errorf("it says %q; want %v", line, want)
 		}
-		delete(want, r.lines.Text())
-	}
-}
-
-func (r *running) interrupt() {
-	r.t.Helper()
-	r.cmd.Process.Signal(syscall.SIGINT)
-	for r.lines.Scan() {
-		r.t.Errorf("it also says %q", r.lines.Text())
-	}
-	if err := r.cmd.Wait(); err != nil {
-		r.t.Errorf("after an interrupt: %v", err)
+		delete(want, line)
 	}
 }
 
@@ -124,15 +85,15 @@ func TestChanges(t *testing.T) {
 	r := start(t, dir)
 
 	write(t, "after", dir, "changed")
-	r.says("changed changed")
+	r.tells("changed changed")
 	check(t, os.Chmod(filepath.Join(dir, "mode"), 0o755))
-	r.says("changed mode")
+	r.tells("changed mode")
 	check(t, os.Remove(filepath.Join(dir, "removed")))
-	r.says("removed removed")
+	r.tells("removed removed")
 	write(t, "after", dir, "a", "b", "deep")
-	r.says("changed a/b/deep")
+	r.tells("changed a/b/deep")
 	check(t, os.Rename(filepath.Join(dir, "moved"), filepath.Join(dir, "a", "moved")))
-	r.says("removed moved", "added a/moved")
+	r.tells("removed moved", "added a/moved")
 
 	// What was only touched has no line, nor has what came and went.
 	now := time.Now()
@@ -141,12 +102,12 @@ func TestChanges(t *testing.T) {
 	// A directory that comes later is watched, too, with all that is in it.
 	testenv.Mkdir(t, dir, "new", "below")
 	write(t, "after", dir, "new", "below", "file")
-	r.says("added new", "added new/below", "added new/below/file")
+	r.tells("added new", "added new/below", "added new/below/file")
 	write(t, "changed", dir, "new", "below", "file")
-	r.says("changed new/below/file")
+	r.tells("changed new/below/file")
 	check(t, os.RemoveAll(filepath.Join(dir, "new")))
-	r.says("removed new", "removed new/below", "removed new/below/file")
-	r.interrupt()
+	r.tells("removed new", "removed new/below", "removed new/below/file")
+	r.Interrupt()
 }
 
 // While it cannot keep up, the kernel's queue runs full. What happened
@@ -160,7 +121,7 @@ func TestOverflow(t *testing.T) {
 	testenv.Mkdir(t, dir, "scratch")
 	r := start(t, dir)
 
-	stopProcess(t, r.cmd.Process.Pid)
+	stopProcess(t, r.Cmd.Process.Pid)
 	for i := range queueLength(t) + 1000 {
 		name := filepath.Join(dir, "scratch", fmt.Sprint(i))
 		fd, err := unix.Open(name, unix.O_CREAT|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
@@ -174,13 +135,13 @@ func TestOverflow(t *testing.T) {
 	write(t, "after", dir, "changed")
 	write(t, "after", dir, "added")
 	check(t, os.Remove(filepath.Join(dir, "removed")))
-	check(t, r.cmd.Process.Signal(syscall.SIGCONT))
-	r.says("events were lost, everything is compared", "changed changed", "added added", "removed removed")
+	check(t, r.Cmd.Process.Signal(syscall.SIGCONT))
+	r.tells("events were lost, everything is compared", "changed changed", "added added", "removed removed")
 
 	// And it goes on.
 	write(t, "after it", dir, "changed")
-	r.says("changed changed")
-	r.interrupt()
+	r.tells("changed changed")
+	r.Interrupt()
 }
 
 // stopProcess stops a process, and waits until all of its threads have.
@@ -207,9 +168,8 @@ func queueLength(t *testing.T) int {
 // A directory that is not there is an error that names it.
 func TestErrors(t *testing.T) {
 	dir := t.TempDir()
-	cmd := testenv.Child(t, "integrity", filepath.Join(dir, "nothing"))
-	cmd.Stderr = nil
-	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), filepath.Join(dir, "nothing")) {
-		t.Errorf("a directory that is not there: %v, %q", err, out)
+	missing := filepath.Join(dir, "nothing")
+	if out := testenv.Fails(t, "integrity", missing); !strings.Contains(out, missing) {
+		t.Errorf("a directory that is not there: %q", out)
 	}
 }

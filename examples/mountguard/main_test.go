@@ -1,13 +1,10 @@
 package main
 
 import (
-	"bufio"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"syscall"
+	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -16,57 +13,7 @@ import (
 
 func TestMain(m *testing.M) { testenv.MainInNamespace(m) }
 
-func init() {
-	testenv.RegisterChild("mountguard", func(args []string) int {
-		os.Args = append([]string{"mountguard"}, args...)
-		main()
-		return 0
-	})
-}
-
-// A running guard.
-type running struct {
-	t   *testing.T
-	cmd *exec.Cmd
-	out *bufio.Reader
-}
-
-func start(t *testing.T, args ...string) *running {
-	t.Helper()
-	cmd := testenv.Child(t, "mountguard", args...)
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	return &running{t, cmd, bufio.NewReader(out)}
-}
-
-// says waits for the next line.
-func (r *running) says(want string) {
-	r.t.Helper()
-	timer := time.AfterFunc(testenv.Patience, func() { r.cmd.Process.Kill() })
-	defer timer.Stop()
-	if line, err := r.out.ReadString('\n'); line != want+"\n" {
-		r.t.Fatalf("it says %q (%v); want %q", line, err, want)
-	}
-}
-
-func (r *running) interrupt() {
-	r.t.Helper()
-	r.cmd.Process.Signal(syscall.SIGINT)
-	timer := time.AfterFunc(testenv.Patience, func() { r.cmd.Process.Kill() })
-	defer timer.Stop()
-	if err := r.cmd.Wait(); err != nil {
-		r.t.Errorf("after an interrupt: %v", err)
-	}
-}
+func init() { testenv.RegisterMain("mountguard", main) }
 
 // volumes makes a tmpfs with two sources and two targets.
 func volumes(t *testing.T) (sources, targets []string) {
@@ -88,20 +35,20 @@ func exists(dir, file string) bool {
 // is said.
 func TestMountsAgain(t *testing.T) {
 	sources, targets := volumes(t)
-	r := start(t, sources[0], targets[0], sources[1], targets[1])
-	r.says(targets[0] + ": mounted")
-	r.says(targets[1] + ": mounted")
+	r := testenv.StartProgram(t, "mountguard", sources[0], targets[0], sources[1], targets[1])
+	r.Says(targets[0] + ": mounted")
+	r.Says(targets[1] + ": mounted")
 	if !exists(targets[0], "file of a") || !exists(targets[1], "file of b") {
 		t.Error("the targets do not show the sources")
 	}
 	for range 5 {
 		testenv.Unmount(t, targets[1])
-		r.says(targets[1] + ": mounted")
+		r.Says(targets[1] + ": mounted")
 		if !exists(targets[1], "file of b") {
 			t.Error("the target does not show the source any more")
 		}
 	}
-	r.interrupt()
+	r.Interrupt()
 	if !exists(targets[0], "file of a") || !exists(targets[1], "file of b") {
 		t.Error("the mounts are gone with the guard")
 	}
@@ -111,29 +58,29 @@ func TestMountsAgain(t *testing.T) {
 // it is well again.
 func TestSaysWhatIsWrong(t *testing.T) {
 	sources, targets := volumes(t)
-	r := start(t, sources[0], targets[0])
-	r.says(targets[0] + ": mounted")
+	r := testenv.StartProgram(t, "mountguard", sources[0], targets[0])
+	r.Says(targets[0] + ": mounted")
 	remount := func(flags uintptr) {
 		testenv.Mount(t, "", targets[0], "", unix.MS_REMOUNT|unix.MS_BIND|flags, "")
 	}
 	remount(unix.MS_RDONLY)
-	r.says(targets[0] + ": read-only")
+	r.Says(targets[0] + ": read-only")
 	remount(0)
-	r.says(targets[0] + ": mounted")
+	r.Says(targets[0] + ": mounted")
 	testenv.Mount(t, "on top", targets[0], "tmpfs", 0, "")
-	r.says(targets[0] + ": covered by tmpfs")
+	r.Says(targets[0] + ": covered by tmpfs")
 	testenv.Unmount(t, targets[0])
-	r.says(targets[0] + ": mounted")
-	r.interrupt()
+	r.Says(targets[0] + ": mounted")
+	r.Interrupt()
 }
 
 // A guard that is started again takes over what is mounted.
 func TestTakesOver(t *testing.T) {
 	sources, targets := volumes(t)
 	for range 2 {
-		r := start(t, sources[0], targets[0])
-		r.says(targets[0] + ": mounted")
-		r.interrupt()
+		r := testenv.StartProgram(t, "mountguard", sources[0], targets[0])
+		r.Says(targets[0] + ": mounted")
+		r.Interrupt()
 	}
 	testenv.Unmount(t, targets[0])
 	if exists(targets[0], "file of a") {
@@ -147,18 +94,16 @@ func TestSaysWhatFails(t *testing.T) {
 	if err := os.RemoveAll(targets[0]); err != nil {
 		t.Fatal(err)
 	}
-	cmd := testenv.Child(t, "mountguard", sources[0], targets[0])
-	cmd.Stderr = nil
-	if out, err := cmd.CombinedOutput(); err == nil {
+	if out := testenv.Fails(t, "mountguard", sources[0], targets[0]); !strings.Contains(out, targets[0]) {
 		t.Errorf("a target that is not there: %q", out)
 	}
 	testenv.Touch(t, targets[0]) // a directory cannot be mounted on a file
-	r := start(t, sources[0], targets[0])
-	r.says(targets[0] + ": cannot be mounted: not a directory")
+	r := testenv.StartProgram(t, "mountguard", sources[0], targets[0])
+	r.Says(targets[0] + ": cannot be mounted: not a directory")
 	if err := os.Remove(targets[0]); err != nil {
 		t.Fatal(err)
 	}
 	testenv.Mkdir(t, targets[0])
-	r.says(targets[0] + ": mounted")
-	r.interrupt()
+	r.Says(targets[0] + ": mounted")
+	r.Interrupt()
 }

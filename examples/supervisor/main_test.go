@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,16 +17,10 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-func init() {
-	testenv.RegisterChild("supervisor", func(args []string) int {
-		os.Args = append([]string{"supervisor"}, args...)
-		main()
-		return 0
-	})
-}
+func init() { testenv.RegisterMain("supervisor", main) }
 
 // patience is how long a test waits for what must happen.
-const patience = 2 * testenv.Patience
+const patience = testenv.Patience
 
 // A herd is processes that are children of a shell.
 type herd struct {
@@ -77,55 +70,11 @@ func startHerd(t *testing.T, n int) *herd {
 	return h
 }
 
-// running is a supervisor.
-type running struct {
-	t     *testing.T
-	cmd   *exec.Cmd
-	stdin io.WriteCloser
-	lines *bufio.Scanner
-}
-
-func start(t *testing.T, args ...string) *running {
+// end waits until the supervisor has ended by itself, well.
+func end(t *testing.T, r *testenv.Program) {
 	t.Helper()
-	cmd := testenv.Child(t, "supervisor", args...)
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	timer := time.AfterFunc(patience, func() { cmd.Process.Kill() })
-	t.Cleanup(func() {
-		timer.Stop()
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	return &running{t, cmd, stdin, bufio.NewScanner(stdout)}
-}
-
-func (r *running) give(words ...any) { fmt.Fprintln(r.stdin, words...) }
-
-func (r *running) line() string {
-	r.t.Helper()
-	if !r.lines.Scan() {
-		r.t.Fatal("it says no more")
-	}
-	return r.lines.Text()
-}
-
-// end waits until it has ended by itself.
-func (r *running) end() {
-	r.t.Helper()
-	for r.lines.Scan() {
-		r.t.Errorf("it also says %q", r.lines.Text())
-	}
-	if err := r.cmd.Wait(); err != nil {
-		r.t.Errorf("it ends with %v", err)
+	if status := r.End(); status != 0 {
+		t.Errorf("it ends with status %d", status)
 	}
 }
 
@@ -133,25 +82,25 @@ func (r *running) end() {
 // with its status as far as the kernel tells it.
 func TestThousand(t *testing.T) {
 	h := startHerd(t, 1000)
-	r := start(t)
+	r := testenv.StartProgram(t, "supervisor")
 	for _, pid := range h.pids {
-		r.give(pid)
+		fmt.Fprintln(r.Stdin, pid)
 	}
-	r.give(h.pids[0]) // once more
-	r.give("nonsense")
-	if line := r.line(); line != `"nonsense" is no process` {
+	fmt.Fprintln(r.Stdin, h.pids[0]) // once more
+	fmt.Fprintln(r.Stdin, "nonsense")
+	if line := r.Line(); line != `"nonsense" is no process` {
 		t.Errorf("it says %q", line)
 	}
 	syscall.Kill(h.pids[0], syscall.SIGKILL)
 	// Until it is reaped this user may know how; afterwards Linux 6.15 tells.
-	if line := r.line(); !strings.HasPrefix(line, fmt.Sprintf("process %d ended: ", h.pids[0])) {
+	if line := r.Line(); !strings.HasPrefix(line, fmt.Sprintf("process %d ended: ", h.pids[0])) {
 		t.Errorf("it says %q of the process that was killed", line)
 	}
-	r.stdin.Close()
+	r.Stdin.Close()
 	h.end()
 	told := map[string]bool{}
 	for range h.pids[1:] {
-		line := r.line()
+		line := r.Line()
 		if told[line] {
 			t.Errorf("%q is said twice", line)
 		}
@@ -163,7 +112,7 @@ func TestThousand(t *testing.T) {
 			t.Errorf("nothing is said of process %d", pid)
 		}
 	}
-	r.end()
+	end(t, r)
 }
 
 // What ends while no supervisor runs is told by the next one; what is alive is
@@ -172,14 +121,13 @@ func TestThousand(t *testing.T) {
 func TestState(t *testing.T) {
 	state := filepath.Join(t.TempDir(), "state")
 	h := startHerd(t, 3)
-	r := start(t, "-state", state)
+	r := testenv.StartProgram(t, "supervisor", "-state", state)
 	for _, pid := range h.pids {
-		r.give(pid)
+		fmt.Fprintln(r.Stdin, pid)
 	}
-	r.give("all given")
-	r.line()
-	r.cmd.Process.Signal(syscall.SIGINT)
-	r.end()
+	fmt.Fprintln(r.Stdin, "all given")
+	r.Line()
+	r.Interrupt()
 	text, err := os.ReadFile(state)
 	if err != nil || strings.Count(string(text), "\n") != 3 {
 		t.Fatalf("the state is %q, %v", text, err)
@@ -192,19 +140,19 @@ func TestState(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	r = start(t, "-state", state)
-	gone := map[string]bool{r.line(): true, r.line(): true}
+	r = testenv.StartProgram(t, "supervisor", "-state", state)
+	gone := map[string]bool{r.Line(): true, r.Line(): true}
 	for _, pid := range []int{h.pids[1], os.Getpid()} {
 		if want := fmt.Sprintf("process %d has ended already", pid); !gone[want] {
 			t.Errorf("it says %v; want %q", gone, want)
 		}
 	}
-	r.stdin.Close()
+	r.Stdin.Close()
 	h.end()
-	if line := r.line(); !strings.HasPrefix(line, fmt.Sprintf("process %d ended: ", h.pids[0])) {
+	if line := r.Line(); !strings.HasPrefix(line, fmt.Sprintf("process %d ended: ", h.pids[0])) {
 		t.Errorf("it says %q", line)
 	}
-	r.end()
+	end(t, r)
 	if text, err := os.ReadFile(state); len(text) > 0 || err != nil {
 		t.Errorf("the state at the end is %q, %v", text, err)
 	}
@@ -228,11 +176,8 @@ func TestBadState(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{state, filepath.Join(state, "below a file")} {
-		cmd := testenv.Child(t, "supervisor", "-state", path)
-		cmd.Stderr = nil
-		out, err := cmd.CombinedOutput()
-		if err == nil || !strings.Contains(string(out), path) {
-			t.Errorf("%s: %v, %q", path, err, out)
+		if out := testenv.Fails(t, "supervisor", "-state", path); !strings.Contains(out, path) {
+			t.Errorf("%s: it says %q", path, out)
 		}
 	}
 }
