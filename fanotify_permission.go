@@ -352,6 +352,7 @@ func (w *fileWatch) endAsking() {
 	for _, t := range []MarkType{MarkInode, MarkMount, MarkFilesystem} {
 		group.flush(t)
 	}
+	w.access.end() // first, since a file system may hold up the next step
 	newPermissionReader(group, nil, w.access).drain()
 	w.access.end()
 }

@@ -161,13 +161,19 @@ func fuseConnection(t testing.TB, dir string) string {
 	return filepath.Join(control, fmt.Sprint(unix.Minor(uint64(st.Dev))))
 }
 
-// awaitWaiting waits until a request to a FUSE server waits for its answer.
+// awaitWaiting waits until a request to a FUSE server waits for its answer, and not
+// just for a moment.
 func awaitWaiting(t testing.TB, dir string) {
 	t.Helper()
 	name := filepath.Join(fuseConnection(t, dir), "waiting")
-	for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+	seen := 0
+	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
 		text, err := os.ReadFile(name)
-		if err == nil && strings.TrimSpace(string(text)) != "0" {
+		seen++
+		if err != nil || strings.TrimSpace(string(text)) == "0" {
+			seen = 0
+		}
+		if seen == 30 {
 			return
 		}
 		if time.Since(begin) > patience {
