@@ -28,7 +28,7 @@ type files struct {
 	whole  bool // the whole file system can be marked
 	opened bool // events can have descriptors
 	w      *kernstream.FileWatcher
-	flood  atomic.Bool  // no care is taken for the queue
+	flood  atomic.Bool  // the queue is about to overflow
 	number atomic.Int64 // of the last file
 
 	renaming sync.RWMutex // held for writing while a directory has another name
@@ -51,6 +51,10 @@ const (
 	// fileDebts is how many files may be owed for before their makers wait. The
 	// kernel's queue has room for 16,384 events.
 	fileDebts = 2000
+
+	// floodDebts is how many files are made while the consumer does not receive,
+	// so that the queue overflows.
+	floodDebts = 30_000
 
 	fileOps = kernstream.OpCreate | kernstream.OpCloseWrite | kernstream.OpRename | kernstream.OpDelete
 )
@@ -107,12 +111,17 @@ func (p *files) end() error { return nil }
 func (p *files) workers() int { return 2 }
 
 func (p *files) act(ctx context.Context, random *rand.Rand) error {
-	if random.IntN(20) == 0 {
-		p.flood.Store(true)
+	if *length > 0 && random.IntN(20) == 0 && p.flood.CompareAndSwap(false, true) {
 		defer p.flood.Store(false)
+		for n := 0; n < floodDebts; n, _ = p.open() {
+			if err := p.life(random); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
 	for ctx.Err() == nil {
-		if n, _ := p.open(); n > fileDebts && !p.flood.Load() {
+		if n, _ := p.open(); n > fileDebts || p.flood.Load() {
 			time.Sleep(100 * time.Microsecond)
 			continue
 		}
@@ -240,6 +249,9 @@ func (p *files) take(e kernstream.Event) (mine bool, things int, err error) {
 	f, ok := e.(*kernstream.FileEvent)
 	if !ok {
 		return false, 0, nil
+	}
+	for p.flood.Load() {
+		time.Sleep(time.Millisecond)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
