@@ -52,7 +52,7 @@ func (f *file) entry() Entry {
 }
 
 // A fileTable holds files in their order. It grows without moving them, and has their paths
-// in a few large pieces, which makes an access a third cheaper.
+// in a few large pieces instead of an allocation for each.
 type fileTable struct {
 	n      int
 	chunks [][]file
