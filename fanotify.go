@@ -253,7 +253,9 @@ func (w *FileWatcher) Flush(t MarkType) error { return w.watch.flush(t) }
 // the kernel had queued by then has been delivered: Err is then nil. Nothing of
 // what happened before the call is lost, as it may be by Close. It does not wait
 // for that, and may be called again. If the stream has ended already, the error Is
-// os.ErrClosed.
+// os.ErrClosed. A watcher of a class with permission events has nothing to lose
+// but questions: to take its marks away and answer what is open is Close, and the
+// error of Drain Is errors.ErrUnsupported.
 func (w *FileWatcher) Drain() error { return w.watch.startDrain() }
 
 // Control calls use with the descriptor of each fanotify group of the watcher,
@@ -695,6 +697,9 @@ func (w *fileWatch) flush(t MarkType) error {
 }
 
 func (w *fileWatch) startDrain() error {
+	if w.access != nil {
+		return fileError("drain", "", fmt.Errorf("who waits for an answer gets it by Close: %w", errors.ErrUnsupported))
+	}
 	if w.drain.Err() != nil {
 		return nil
 	}

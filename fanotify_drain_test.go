@@ -90,3 +90,9 @@ func TestDrainAfterEnd(t *testing.T) {
 	l.w.Close()
 	wantError(t, l.w.Drain(), os.ErrClosed)
 }
+
+// TestDrainOfQuestions: a watcher that is asked is not drained: Close answers.
+func TestDrainOfQuestions(t *testing.T) {
+	l, _ := newPermissionLab(t, contentOptions(allow), "f", kernstream.Mark{Path: "f", Ops: openPerm})
+	wantError(t, l.w.Drain(), errors.ErrUnsupported, "Close")
+}

@@ -27,7 +27,8 @@ type Options struct {
 	OneMount bool
 
 	// Tree records only what the process with this number and its descendants do,
-	// those included that are born later, and whose parents end. It needs
+	// those included that are born later, and whose parents end. Only a descendant
+	// whose own parent ends while Record looks for those that are there is missed. It needs
 	// CAP_NET_ADMIN in the first user namespace, and that the caller is in the first process ID
 	// namespace and the first network namespace. It is not for commands, which are
 	// alone anyway.
