@@ -36,6 +36,14 @@ Signals go to COMMAND. The exit status is that of COMMAND, 128 and the number of
 the signal that killed it; if that is 0, it is 5 when the record is incomplete.
 
 It needs CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH.
+
+examples:
+  kernstream record -o record -- make -j4
+        which files a build takes, in the file record
+  kernstream record -o record -one-mount -pid 4711
+        which files of its image a container takes, from outside
+  kernstream record -dir /srv -tree 4711 -json
+        what process 4711 and its descendants access below /srv, as it happens
 `
 
 // errIncomplete is the end of a record that misses something.
