@@ -39,10 +39,11 @@ type AuditRule struct {
 // Trust is whether something is trusted, as [AuditRule] says it.
 type Trust uint32
 
+// As a rule has found it.
 const (
-	TrustNo Trust = iota
-	TrustYes
-	TrustUnknown
+	TrustNo      Trust = iota // it is not
+	TrustYes                  // it is
+	TrustUnknown              // nobody has decided
 )
 
 // String returns "no", "yes" or "unknown".

@@ -41,7 +41,7 @@ type State struct {
 
 // Undelivered is a request that a successor gets from its predecessor.
 type Undelivered struct {
-	Device  int
+	Device  int    // the index in Files of the device that it was read from
 	Message []byte // as Request.Raw
 }
 

@@ -20,6 +20,7 @@ import (
 
 	"github.com/kernstream/kernstream"
 	"github.com/kernstream/kernstream/fuse"
+	"github.com/kernstream/kernstream/internal/fusewire"
 	"github.com/kernstream/kernstream/internal/testenv"
 )
 
@@ -141,6 +142,17 @@ func TestHandOverOfTheUndelivered(t *testing.T) {
 	state := l.s.State()
 	if len(state.Undelivered) != 2 {
 		t.Fatalf("%d undelivered requests", len(state.Undelivered))
+	}
+	seen := map[int]bool{}
+	for _, u := range state.Undelivered {
+		h, err := fusewire.DecodeInHeader(u.Message)
+		if op := fuse.Opcode(h.Opcode); err != nil || op != fuse.OpLookup && op != fuse.OpGetattr || int(h.Len) != len(u.Message) {
+			t.Errorf("undelivered is %+v, %v; want what stat(2) asks", h, err)
+		}
+		seen[u.Device] = true
+	}
+	if !seen[0] || !seen[1] {
+		t.Errorf("undelivered are requests of the devices %v; want one of each", seen)
 	}
 	first := l.succeed()
 	if err := first.Close(); err != nil {

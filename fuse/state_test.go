@@ -114,6 +114,33 @@ func TestInitRequest(t *testing.T) {
 	}
 }
 
+// What a successor must know of a session is in its State, in the kernel's words.
+func TestStateForSuccessor(t *testing.T) {
+	l := newLab(t, nil)
+	state := l.s.State()
+	if !bytes.Equal(state.InitRequest, l.s.InitRequest()) {
+		t.Errorf("the INIT is %x; want %x", state.InitRequest, l.s.InitRequest())
+	}
+	// The probe of Mount had a file looked up, and may have been told to forget it.
+	if state.ProbeLookups < 0 || state.ProbeLookups > 1 {
+		t.Errorf("%d references on what Mount looked up", state.ProbeLookups)
+	}
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, l.dir, unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &st); err != nil {
+		t.Fatal(err)
+	}
+	want := fuse.MountID{ID: uint32(st.Mnt_id), Minor: st.Dev_minor}
+	if err := unix.Statx(unix.AT_FDCWD, l.dir, unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID_UNIQUE, &st); err != nil {
+		t.Fatal(err)
+	}
+	if testenv.KernelAtLeast(6, 8) {
+		want.Unique = st.Mnt_id
+	}
+	if state.Mount != want || state.Mount.Unique != want.Unique || state.Mount.ID == 0 || state.Mount.Minor == 0 {
+		t.Errorf("the mount is %+v; want %+v", state.Mount, want)
+	}
+}
+
 // What a session was is known after its end.
 func TestStateAfterClose(t *testing.T) {
 	l := newLab(t, &fuse.Config{FSName: "x"})

@@ -14,11 +14,11 @@ import (
 
 // An Access is the first access to a file. With [Options.Descriptors] it has to be closed.
 type Access struct {
-	When  time.Time     // when it was read from the kernel
-	First time.Duration // since the recording began
-	Path  string        // as the target sees it; the kernel's bytes, in no certain encoding
-	Ops   kernstream.FileOp
-	PID   int // 0: of another process ID namespace; over a connection, the number that it has at the server
+	When  time.Time         // when it was read from the kernel
+	First time.Duration     // since the recording began
+	Path  string            // as the target sees it; the kernel's bytes, in no certain encoding
+	Ops   kernstream.FileOp // what was done with it, first or at once with that
+	PID   int               // 0: of another process ID namespace; over a connection, the number that it has at the server
 
 	// File is open for reading, with Options.Descriptors; nil otherwise. It is closed
 	// by Close, unless it is set to nil before.

@@ -12,7 +12,7 @@ import (
 // A List is what a recording has found: the files in the order of their first access,
 // and whether that is all of them.
 type List struct {
-	Entries []Entry
+	Entries []Entry // the files, each once
 
 	// Complete tells that no access was missed between the start of the recording and its
 	// end, or that of the command. Otherwise Reasons say why, in words.

@@ -108,6 +108,42 @@ func TestParityR1Serve(t *testing.T) {
 	}
 }
 
+// TestConnectLimits: a client may ask for less than the server would give: one
+// mount, or a few files.
+func TestConnectLimits(t *testing.T) {
+	needRecorder(t)
+	dir := tmpfs(t)
+	writeFile(t, dir+"/mnt/x")
+	for _, name := range []string{"a", "b", "c"} {
+		writeFile(t, dir+"/"+name)
+	}
+	do(t, unix.Mount("below", dir+"/mnt", "tmpfs", 0, ""))
+	defer detach(t, dir+"/mnt")
+	writeFile(t, dir+"/mnt/below")
+	open := func(options *recorder.ConnectOptions) *recorder.List {
+		r, served := connect(t, &recorder.ServeOptions{Target: recorder.Directory(dir)}, options)
+		newHelper(t, opener, dir+"/c", dir+"/mnt/below", dir+"/a", dir+"/b").start().end()
+		waitFor(t, "the files", func() bool {
+			return r.Progress().Files >= 3 || options.MaxFiles > 0 && r.Progress().Files == options.MaxFiles
+		})
+		r.Close()
+		accesses, list := finish(t, r)
+		do(t, served())
+		for _, a := range accesses {
+			if a.Time() != a.When || a.When.IsZero() {
+				t.Errorf("%v is of %v; want %v", a, a.Time(), a.When)
+			}
+		}
+		return list
+	}
+	one := open(&recorder.ConnectOptions{OneMount: true})
+	wantComplete(t, one)
+	wantPaths(t, one, "", "c", "a", "b")
+	few := open(&recorder.ConnectOptions{MaxFiles: 2})
+	wantIncomplete(t, few, "further files than the 2")
+	wantPaths(t, few, "", "c", "mnt/below")
+}
+
 // TestParityR2Descriptors: with descriptors, each file comes open, through the socket; many
 // at once, and none is left.
 func TestParityR2Descriptors(t *testing.T) {
