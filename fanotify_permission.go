@@ -4,14 +4,12 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream/internal/fanotify"
-	"github.com/kernstream/kernstream/internal/procfs"
 )
 
 // Reading a group whose events wait for an answer.
@@ -355,64 +353,4 @@ func (w *fileWatch) endAsking() {
 	w.access.end() // first, since a file system may hold up the next step
 	newPermissionReader(group, nil, w.access).drain()
 	w.access.end()
-}
-
-// openNow is [pathCache.open] for an open file whose file system must not be
-// asked anything.
-func (c *pathCache) openNow(fd int) foundPath {
-	path, err := c.systems.readlink(fd)
-	if err != nil {
-		return foundPath{err: err}
-	}
-	var st unix.Statx_t
-	if err := statx(fd, &st); err != nil {
-		return foundPath{err: err}
-	}
-	found := foundPath{path: path, state: PathExact}
-	switch {
-	case !strings.HasPrefix(path, "/"):
-		found.state = PathUnknown // no file system shows it
-		return found
-	case strings.HasSuffix(path, deletedSuffix) && deletedNow(path, &st):
-		found.path, found.state = strings.TrimSuffix(path, deletedSuffix), PathDeleted
-	}
-	if !c.oursNow(st.Mnt_id) {
-		found.state = PathOtherNamespace
-	}
-	return found
-}
-
-// resolveCached is RESOLVE_CACHED of openat2(2), since Linux 5.12.
-const resolveCached = 0x20
-
-// deletedNow tells whether the suffix of path means that the file is gone, as
-// far as the kernel knows that without asking a file system.
-func deletedNow(path string, st *unix.Statx_t) bool {
-	if st.Nlink == 0 {
-		return true
-	}
-	// A file of that name was found by it just before.
-	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC,
-		Resolve: resolveCached,
-	})
-	if err != nil {
-		return err != unix.EINVAL
-	}
-	defer unix.Close(fd)
-	var other unix.Statx_t
-	return statx(fd, &other) != nil || other.Ino != st.Ino || other.Mnt_id != st.Mnt_id
-}
-
-// oursNow tells whether a mount is in the mount namespace of this process.
-func (c *pathCache) oursNow(mountID uint64) bool {
-	ours, known := c.ours[mountID]
-	if !known {
-		eachMount(func(m *procfs.MountInfo) bool {
-			ours = uint64(m.ID) == mountID
-			return !ours
-		})
-		c.ours[mountID] = ours
-	}
-	return ours
 }
