@@ -94,9 +94,10 @@
 //  2. Each source tries the best way that this kernel and these privileges have,
 //     by doing it once, and falls back to others without being asked. Via of an
 //     event says which it was.
-//  3. Every source has a way that needs no privilege; what needs one says which.
-//     Nothing asks for more than it was given, and nothing runs another program,
-//     except fusermount3 if a session may be mounted in no other way.
+//  3. Every source has a way that needs no privilege, except permission events
+//     and records; what needs one says which. Nothing asks for more than it was
+//     given, and nothing runs another program, except fusermount3 if a session
+//     may be mounted in no other way.
 //  4. Where nothing works, the error Is errors.ErrUnsupported or
 //     fs.ErrPermission, and says what is missing: the version, the capability,
 //     the limit.
