@@ -12,7 +12,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -86,7 +85,7 @@ func run(ctx context.Context, log io.Writer, config, data string, program []stri
 			if r.mounts += len(e.Mounted) - len(e.Unmounted); r.mounts == 0 {
 				r.stop(data + " is not mounted")
 			} else if err := r.start(); err != nil {
-				return 0, err
+				return 0, unless(ctx, err)
 			}
 		case e, ok := <-files.C:
 			if !ok {
@@ -98,7 +97,7 @@ func run(ctx context.Context, log io.Writer, config, data string, program []stri
 			}
 			r.stop(fmt.Sprint(e))
 			if err := r.start(); err != nil {
-				return 0, err
+				return 0, unless(ctx, err)
 			}
 		case e, ok := <-processes.C:
 			if !ok {
@@ -112,10 +111,9 @@ func run(ctx context.Context, log io.Writer, config, data string, program []stri
 	}
 }
 
-// unless returns the error of a stream that has ended, unless that was by
-// Ctrl-C.
+// unless returns err, unless all has ended by Ctrl-C.
 func unless(ctx context.Context, err error) error {
-	if errors.Is(err, context.Cause(ctx)) {
+	if ctx.Err() != nil {
 		return nil
 	}
 	return err
@@ -137,11 +135,11 @@ func (r *runner) start() error {
 	fmt.Fprintln(r.log, "runner: start")
 	cmd := exec.Command(r.program[0], r.program[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	if _, err := r.processes.Start(cmd, &kernstream.ProcessOptions{Tag: cmd}); err != nil {
-		return err
+	_, err := r.processes.Start(cmd, &kernstream.ProcessOptions{Tag: cmd})
+	if cmd.Process != nil {
+		r.command = cmd // to be stopped, even if it could not be watched
 	}
-	r.command = cmd
-	return nil
+	return err
 }
 
 // stop ends the program, if it runs, and waits for it.

@@ -58,6 +58,23 @@ func TestRunsWhileMounted(t *testing.T) {
 	}
 }
 
+// Ctrl-C in the moment in which the program is started ends both, if it has been
+// started at all.
+func TestInterruptedAtStart(t *testing.T) {
+	for range testenv.SoakN(20) {
+		r := start(t, "read line")
+		testenv.Mount(t, "data", r.data, "tmpfs", 0, "")
+		r.Says("runner: start")
+		r.Cmd.Process.Signal(syscall.SIGINT)
+		if lines := r.Rest(); len(lines) > 1 || len(lines) == 1 && lines[0] != "runner: stop: runner ends" {
+			t.Errorf("it says %q", lines)
+		}
+		if status := r.End(); status != 0 {
+			t.Errorf("status %d after an interrupt", status)
+		}
+	}
+}
+
 // A program that ends by itself ends the runner, with its status.
 func TestProgramEnds(t *testing.T) {
 	r := start(t, "echo program; exit 7")

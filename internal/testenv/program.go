@@ -75,12 +75,20 @@ func (p *Program) Says(lines ...string) {
 	}
 }
 
+// Rest returns all further lines, when there can be no more.
+func (p *Program) Rest() (lines []string) {
+	for p.lines.Scan() {
+		lines = append(lines, p.lines.Text())
+	}
+	return lines
+}
+
 // End waits until the program has ended by itself, without another line, and
 // returns its exit status.
 func (p *Program) End() int {
 	p.tb.Helper()
-	for p.lines.Scan() {
-		p.tb.Errorf("it also says %q", p.lines.Text())
+	for _, line := range p.Rest() {
+		p.tb.Errorf("it also says %q", line)
 	}
 	p.Cmd.Wait()
 	return p.Cmd.ProcessState.ExitCode()
