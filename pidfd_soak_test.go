@@ -89,7 +89,7 @@ func recycle() (string, error) {
 		return "", err
 	}
 	id := held.ID()
-	waiting, err := held.Watch(nil) // nobody receives its event for now
+	waiting, err := held.Watch(nil) // nobody receives its event until the end
 	if err != nil {
 		return "", err
 	}

@@ -252,7 +252,7 @@ func (t *processTable) endRound() {
 func (t *processTable) awaitRound() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for now := t.round; t.round == now && now&1 == 1; {
+	for began := t.round; began%2 == 1 && t.round == began; {
 		t.changed.Wait()
 	}
 }
