@@ -391,18 +391,8 @@ func newAgent(t testing.TB, flags uintptr) *agent {
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}}
 		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}}
 	}
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	a := &agent{t: t, PID: cmd.Process.Pid, in: in, out: bufio.NewReader(out), wait: cmd.Wait}
+	in, out := testenv.StartPiped(t, cmd)
+	a := &agent{t: t, PID: cmd.Process.Pid, in: in, out: out, wait: cmd.Wait}
 	t.Cleanup(a.end)
 	a.do("ready")
 	return a

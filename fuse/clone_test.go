@@ -94,7 +94,7 @@ func TestParityU8Clones(t *testing.T) {
 			}
 		})
 	}
-	within(t, "the clients", func() error { load.Wait(); return nil })
+	testenv.Within(t, "the clients", func() error { load.Wait(); return nil })
 	var total int64
 	for i := range devices {
 		total += delivered[i].Load()
@@ -106,7 +106,7 @@ func TestParityU8Clones(t *testing.T) {
 		t.Error(err)
 	}
 	for range devices {
-		if err := within(t, "the end of a device", func() error { return <-results }); err != nil && err != fuse.ErrUnmounted {
+		if err := testenv.Within(t, "the end of a device", func() error { return <-results }); err != nil && err != fuse.ErrUnmounted {
 			t.Errorf("ended by %v", err)
 		}
 	}
@@ -152,7 +152,7 @@ func TestCloseOfADeviceWithRequestsInHand(t *testing.T) {
 	b := newClient(t).start("stat", l.path("b"))
 	second := l.nextOf(d, lookup("b"))
 	for range 2 {
-		if err := within(t, "Close", d.Close); err != nil {
+		if err := testenv.Within(t, "Close", d.Close); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -207,7 +207,7 @@ func TestUndeliveredGoesToAnotherDevice(t *testing.T) {
 		// The reader of the other device waits before there is something for it.
 		l.serve(basic)
 		if how == "device" {
-			if err := within(t, "Close", d.Close); err != nil {
+			if err := testenv.Within(t, "Close", d.Close); err != nil {
 				t.Fatal(err)
 			}
 		} else {
@@ -233,10 +233,10 @@ func TestCloseOfADeviceEndsItsReader(t *testing.T) {
 			result := make(chan error, 1)
 			go func() { result <- reader.read(context.Background(), d, basic) }()
 			time.Sleep(5 * time.Millisecond)
-			if err := within(t, "Close", d.Close); err != nil {
+			if err := testenv.Within(t, "Close", d.Close); err != nil {
 				t.Error(err)
 			}
-			if err := within(t, "the end", func() error { return <-result }); err != nil && err != os.ErrClosed {
+			if err := testenv.Within(t, "the end", func() error { return <-result }); err != nil && err != os.ErrClosed {
 				t.Errorf("ended by %v", err)
 			}
 			select {
@@ -249,7 +249,7 @@ func TestCloseOfADeviceEndsItsReader(t *testing.T) {
 			l := newLab(t, nil)
 			d := l.clone()
 			wait := newClient(t).start("stat", l.path("x"))
-			err := within(t, "the loop", func() error {
+			err := testenv.Within(t, "the loop", func() error {
 				return reader.read(context.Background(), d, func(r *fuse.Request) {
 					if err := d.Close(); err != nil {
 						t.Error(err)
@@ -280,7 +280,7 @@ func TestClosedDevice(t *testing.T) {
 	cancel()
 	for _, ctx := range []context.Context{t.Context(), done} {
 		for _, reader := range readers {
-			err := within(t, reader.name, func() error { return reader.read(ctx, d, basic) })
+			err := testenv.Within(t, reader.name, func() error { return reader.read(ctx, d, basic) })
 			if err != nil && err != os.ErrClosed {
 				t.Errorf("%s: %v", reader.name, err)
 			}
@@ -333,15 +333,7 @@ func TestFirstAndLastDevice(t *testing.T) {
 // After the end of the session there are no clones, and the error says which end
 // that was.
 func TestCloneAfterTheEnd(t *testing.T) {
-	for _, end := range []struct {
-		name string
-		end  func(l *lab) error
-		want error
-	}{
-		{"unmount", func(l *lab) error { return unix.Unmount(l.dir, 0) }, fuse.ErrUnmounted},
-		{"abort", func(l *lab) error { return l.s.Abort() }, fuse.ErrAborted},
-		{"close", func(l *lab) error { return l.s.Close() }, os.ErrClosed},
-	} {
+	for _, end := range ends {
 		l := newLab(t, nil)
 		if err := end.end(l); err != nil {
 			t.Fatal(err)
@@ -410,7 +402,7 @@ func TestSoakClonesComeAndGo(t *testing.T) {
 		var reader sync.WaitGroup
 		reader.Go(func() { readers[turns%len(readers)].read(context.Background(), d, basic) })
 		time.Sleep(time.Duration(turns%7) * 100 * time.Microsecond)
-		if err := within(t, "Close", d.Close); err != nil {
+		if err := testenv.Within(t, "Close", d.Close); err != nil {
 			t.Fatal(err)
 		}
 		reader.Wait()

@@ -133,7 +133,7 @@ func TestParityU9Ends(t *testing.T) {
 				go func() { result <- reader.read(context.Background(), l.s.Device(), basic) }()
 				time.Sleep(5 * time.Millisecond)
 				end.end(l)
-				check(t, l, within(t, "the end", func() error { return <-result }))
+				check(t, l, testenv.Within(t, "the end", func() error { return <-result }))
 			})
 			t.Run(end.name+" before "+reader.name, func(t *testing.T) {
 				l := newLab(t, nil)
@@ -142,7 +142,7 @@ func TestParityU9Ends(t *testing.T) {
 				l.next(lookup("x")).ReplyErrno(unix.ENOENT)
 				wait()
 				end.end(l)
-				check(t, l, within(t, "the end", func() error { return reader.read(context.Background(), l.s.Device(), basic) }))
+				check(t, l, testenv.Within(t, "the end", func() error { return reader.read(context.Background(), l.s.Device(), basic) }))
 			})
 		}
 	}
@@ -170,7 +170,7 @@ func TestCancelAndGoOn(t *testing.T) {
 	for i := range 20 {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		time.AfterFunc(time.Duration(i%4)*time.Millisecond, func() { cancel(cause) })
-		err := within(t, "Next", func() error {
+		err := testenv.Within(t, "Next", func() error {
 			for {
 				r, err := l.s.Device().Next(ctx)
 				if err != nil {
@@ -359,7 +359,7 @@ func TestCloseEndsStreams(t *testing.T) {
 	s := l.s.Device().Requests(context.Background())
 	wait := c.start("stat", l.path("x"))
 	time.Sleep(20 * time.Millisecond)
-	if err := within(t, "Close", l.s.Close); err != nil {
+	if err := testenv.Within(t, "Close", l.s.Close); err != nil {
 		t.Error(err)
 	}
 	for r := range s.C {
@@ -380,7 +380,7 @@ func TestCloseInTheLoop(t *testing.T) {
 			l := newLab(t, nil)
 			c := newClient(t)
 			wait := c.start("stat", l.path("x"))
-			err := within(t, "the loop", func() error {
+			err := testenv.Within(t, "the loop", func() error {
 				return reader.read(context.Background(), l.s.Device(), func(r *fuse.Request) {
 					go l.s.Close()
 					if err := l.s.Close(); err != nil {

@@ -20,7 +20,7 @@ import (
 // drained drains the session.
 func (l *lab) drained() {
 	l.t.Helper()
-	if err := within(l.t, "Drain", func() error { return l.s.Drain(context.Background()) }); err != nil {
+	if err := testenv.Within(l.t, "Drain", func() error { return l.s.Drain(context.Background()) }); err != nil {
 		l.t.Fatalf("Drain: %v", err)
 	}
 }
@@ -55,7 +55,7 @@ func TestParityU11Drain(t *testing.T) {
 
 			drained := make(chan error, 1)
 			go func() { drained <- l.s.Drain(context.Background()) }()
-			err := within(t, "the readers", wait)
+			err := testenv.Within(t, "the readers", wait)
 			if reader.name == "Next" && !errors.Is(err, fuse.ErrDrained) || reader.name != "Next" && err != nil {
 				t.Errorf("readers ended by %v", err)
 			}
@@ -68,7 +68,7 @@ func TestParityU11Drain(t *testing.T) {
 			if err := r.ReplyErrno(unix.ENOENT); err != nil {
 				t.Error(err)
 			}
-			if err := within(t, "Drain", func() error { return <-drained }); err != nil {
+			if err := testenv.Within(t, "Drain", func() error { return <-drained }); err != nil {
 				t.Errorf("Drain: %v", err)
 			}
 			if err := waitHeld(); err != unix.ENOENT {
@@ -93,7 +93,7 @@ func TestParityU11Drain(t *testing.T) {
 				t.Error(err)
 			}
 			l.s.Close()
-			within(t, "the readers", wait)
+			testenv.Within(t, "the readers", wait)
 		})
 	}
 }
@@ -146,7 +146,7 @@ func TestResumeEndsDrain(t *testing.T) {
 		}
 	}
 	l.s.Resume()
-	if err := within(t, "Drain", func() error { return <-result }); err == nil || !strings.Contains(err.Error(), "resumed") {
+	if err := testenv.Within(t, "Drain", func() error { return <-result }); err == nil || !strings.Contains(err.Error(), "resumed") {
 		t.Errorf("Drain: %v", err)
 	}
 	r.ReplyErrno(unix.ENOENT)
@@ -173,7 +173,7 @@ func TestDrainWaitsForForget(t *testing.T) {
 		t.Fatal(err)
 	}
 	var r *fuse.Request
-	within(t, "FORGET", func() error { r = <-forgets; return nil })
+	testenv.Within(t, "FORGET", func() error { r = <-forgets; return nil })
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
 	if err := l.s.Drain(ctx); !errors.Is(err, context.DeadlineExceeded) {
@@ -219,20 +219,12 @@ func TestDrainKeepsTheUndelivered(t *testing.T) {
 
 // Drain tells of the end of the session, and Close ends a Drain that waits.
 func TestDrainAtTheEnd(t *testing.T) {
-	for _, end := range []struct {
-		name string
-		end  func(l *lab) error
-		want error
-	}{
-		{"unmount", func(l *lab) error { return unix.Unmount(l.dir, 0) }, fuse.ErrUnmounted},
-		{"abort", func(l *lab) error { return l.s.Abort() }, fuse.ErrAborted},
-		{"close", func(l *lab) error { return l.s.Close() }, os.ErrClosed},
-	} {
+	for _, end := range ends {
 		l := newLab(t, nil)
 		if err := end.end(l); err != nil {
 			t.Fatal(err)
 		}
-		if err := within(t, "Drain", func() error { return l.s.Drain(context.Background()) }); !errors.Is(err, end.want) {
+		if err := testenv.Within(t, "Drain", func() error { return l.s.Drain(context.Background()) }); !errors.Is(err, end.want) {
 			t.Errorf("Drain after %s: %v", end.name, err)
 		}
 		if _, err := l.s.Device().Next(t.Context()); err != end.want && err != fuse.ErrDrained {
@@ -246,7 +238,7 @@ func TestDrainAtTheEnd(t *testing.T) {
 	go func() { result <- l.s.Drain(context.Background()) }()
 	time.Sleep(10 * time.Millisecond)
 	l.s.Close()
-	if err := within(t, "Drain", func() error { return <-result }); !errors.Is(err, os.ErrClosed) {
+	if err := testenv.Within(t, "Drain", func() error { return <-result }); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("Drain during Close: %v", err)
 	}
 	r.Close()
@@ -273,7 +265,7 @@ func TestSoakDrains(t *testing.T) {
 		}
 		time.Sleep(time.Duration(turns%5) * 200 * time.Microsecond)
 		l.drained()
-		within(t, "the readers", func() error { work.Wait(); return nil })
+		testenv.Within(t, "the readers", func() error { work.Wait(); return nil })
 		if n := l.s.Outstanding() - len(l.s.State().Undelivered); n != 0 {
 			t.Fatalf("%d requests are in hand after a drain", n)
 		}

@@ -14,7 +14,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -123,7 +122,7 @@ func (l *lab) serve(handle func(*fuse.Request)) (wait func() error) {
 	}()
 	wait = sync.OnceValue(func() error {
 		l.t.Helper()
-		return within(l.t, "the end of the loop", func() error { return <-result })
+		return testenv.Within(l.t, "the end of the loop", func() error { return <-result })
 	})
 	l.t.Cleanup(func() {
 		l.s.Close()
@@ -132,18 +131,15 @@ func (l *lab) serve(handle func(*fuse.Request)) (wait func() error) {
 	return wait
 }
 
-// within runs f and fails the test when it does not return.
-func within(t testing.TB, what string, f func() error) error {
-	t.Helper()
-	result := make(chan error, 1)
-	go func() { result <- f() }()
-	select {
-	case err := <-result:
-		return err
-	case <-time.After(patience):
-		t.Fatalf("%s: still waiting after %v", what, patience)
-		return nil
-	}
+// ends are how a session may end, and what is said of it then.
+var ends = []struct {
+	name string
+	end  func(l *lab) error
+	want error
+}{
+	{"unmount", func(l *lab) error { return unix.Unmount(l.dir, 0) }, fuse.ErrUnmounted},
+	{"abort", func(l *lab) error { return l.s.Abort() }, fuse.ErrAborted},
+	{"close", func(l *lab) error { return l.s.Close() }, os.ErrClosed},
 }
 
 // next returns the next request for which want says yes; others are answered by
@@ -265,18 +261,8 @@ func startClient(t testing.TB, attr *syscall.SysProcAttr) *client {
 	t.Helper()
 	cmd := testenv.Child(t, "client")
 	cmd.SysProcAttr = attr
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	c := &client{t: t, PID: cmd.Process.Pid, in: in, out: bufio.NewReader(out), wait: cmd.Wait}
+	in, out := testenv.StartPiped(t, cmd)
+	c := &client{t: t, PID: cmd.Process.Pid, in: in, out: out, wait: cmd.Wait}
 	c.kill = func() { cmd.Process.Kill() }
 	t.Cleanup(c.end)
 	if err := c.do("ready"); err != nil {
@@ -295,7 +281,7 @@ func (c *client) end() {
 	// It may wait for an answer, in which case it dies when that is there or
 	// the session is gone.
 	c.kill()
-	within(c.t, "the end of a client", c.wait)
+	testenv.Within(c.t, "the end of a client", c.wait)
 }
 
 // do lets the client do something (see obey) and returns its error.
@@ -311,7 +297,7 @@ func (c *client) start(words ...string) (wait func() error) {
 	go func() { result <- c.do(words...) }()
 	return func() error {
 		c.t.Helper()
-		return within(c.t, fmt.Sprint("client: ", words), func() error { return <-result })
+		return testenv.Within(c.t, fmt.Sprint("client: ", words), func() error { return <-result })
 	}
 }
 

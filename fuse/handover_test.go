@@ -327,7 +327,7 @@ func TestHandOverWithHelper(t *testing.T) {
 	l := newLab(t, &fuse.Config{AutoUnmount: true})
 	l.drained()
 	first := l.succeed()
-	if err := within(t, "Close", first.Close); err != nil {
+	if err := testenv.Within(t, "Close", first.Close); err != nil {
 		t.Error(err)
 	}
 	if n := len(children(t, "fusermount3")); n != 0 {
@@ -408,18 +408,8 @@ func startServer(t testing.TB, files []*os.File, state fuse.State, how string) *
 	}
 	cmd := testenv.Child(t, "successor", string(text), how)
 	cmd.ExtraFiles = files
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	s := &server{t, cmd, in, bufio.NewReader(out)}
+	in, out := testenv.StartPiped(t, cmd)
+	s := &server{t, cmd, in, out}
 	t.Cleanup(s.kill)
 	if line := s.line(); line != "ready\n" {
 		t.Fatalf("the server says %q", line)
@@ -429,7 +419,7 @@ func startServer(t testing.TB, files []*os.File, state fuse.State, how string) *
 
 func (s *server) line() (line string) {
 	s.t.Helper()
-	within(s.t, "the server", func() (err error) {
+	testenv.Within(s.t, "the server", func() (err error) {
 		line, err = s.out.ReadString('\n')
 		return err
 	})
@@ -554,7 +544,7 @@ func TestHandOverBetweenProcesses(t *testing.T) {
 	close(stop)
 	s := startServer(t, files, state, "")
 	for range clients {
-		if err := within(t, "the clients", func() error { return <-results }); err != nil {
+		if err := testenv.Within(t, "the clients", func() error { return <-results }); err != nil {
 			t.Error(err)
 		}
 	}

@@ -323,7 +323,7 @@ func TestOddHelpers(t *testing.T) {
 	// One that says nothing is ended with the context.
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	err := within(t, "Mount", func() error {
+	err := testenv.Within(t, "Mount", func() error {
 		_, err := fuse.Mount(ctx, &fuse.Config{MountPoint: point, Via: fuse.ViaHelper, Helper: script("exec sleep 1000")})
 		return err
 	})
@@ -486,7 +486,7 @@ func TestNamespaceGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.end()
-	err = within(t, "Next", func() error {
+	err = testenv.Within(t, "Next", func() error {
 		_, err := s.Device().Next(t.Context())
 		return err
 	})

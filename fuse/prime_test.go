@@ -29,12 +29,12 @@ func TestSelfAccess(t *testing.T) {
 					l := newLab(t, &fuse.Config{Via: via})
 					result := make(chan error, 1)
 					go func() { result <- reader.read(context.Background(), l.s.Device(), basic) }()
-					err := within(t, "the process's own access", func() error { return useFiles(l.dir) })
+					err := testenv.Within(t, "the process's own access", func() error { return useFiles(l.dir) })
 					if err != nil {
 						t.Error(err)
 					}
 					l.s.Close()
-					within(t, "the loop", func() error { return <-result })
+					testenv.Within(t, "the loop", func() error { return <-result })
 				})
 			}
 		}
@@ -88,7 +88,7 @@ func TestSelfAccessHangsWithoutPriming(t *testing.T) {
 			if err := unix.Unmount(dir, unix.MNT_FORCE); err != nil && err != unix.EBUSY {
 				t.Error(err)
 			}
-			within(t, "a killed process", func() error { return <-done })
+			testenv.Within(t, "a killed process", func() error { return <-done })
 		}
 		if hung != (serve == "not primed") || err != nil {
 			t.Errorf("%s: hung is %v, %v", serve, hung, err)
@@ -180,7 +180,7 @@ func TestRequestsDuringMount(t *testing.T) {
 		wait := l.serve(basic)
 		time.Sleep(time.Millisecond)
 		close(stop)
-		if err := within(t, "the client", func() error { return <-done }); err != nil {
+		if err := testenv.Within(t, "the client", func() error { return <-done }); err != nil {
 			t.Fatal(err)
 		}
 		c.end()

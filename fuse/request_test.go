@@ -295,7 +295,7 @@ func TestInterruptStorm(t *testing.T) {
 			}
 		}
 	}()
-	if err := within(t, "the client", func() error { return c.do("stats", l.dir, "500") }); err != nil {
+	if err := testenv.Within(t, "the client", func() error { return c.do("stats", l.dir, "500") }); err != nil {
 		t.Error(err)
 	}
 }
@@ -437,7 +437,7 @@ func TestAllocations(t *testing.T) {
 				}
 			})
 		}()
-		if err := within(t, "the client", func() error { return c.do("stats", l.dir, fmt.Sprint(requests+1000)) }); err != nil {
+		if err := testenv.Within(t, "the client", func() error { return c.do("stats", l.dir, fmt.Sprint(requests+1000)) }); err != nil {
 			t.Fatal(err)
 		}
 		cancel()

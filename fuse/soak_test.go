@@ -43,7 +43,7 @@ func TestSoakCycles(t *testing.T) {
 		if err != nil {
 			t.Fatalf("cycle %d: unmount: %v", i, err)
 		}
-		err = within(t, "the end of a session", func() error { return <-result })
+		err = testenv.Within(t, "the end of a session", func() error { return <-result })
 		if want := error(fuse.ErrUnmounted); reader.name == "Next" && err != want || reader.name != "Next" && err != nil {
 			t.Fatalf("cycle %d: %s ended by %v", i, reader.name, err)
 		}
@@ -90,11 +90,11 @@ func TestSoakAborts(t *testing.T) {
 		if err := s.Abort(); err != nil {
 			t.Fatal(err)
 		}
-		err = within(t, "the end of a session", func() error { return <-result })
+		err = testenv.Within(t, "the end of a session", func() error { return <-result })
 		if !errors.Is(err, fuse.ErrAborted) {
 			t.Fatalf("cycle %d: %s ended by %v", i, reader.name, err)
 		}
-		within(t, "the clients", func() error { load.Wait(); return nil })
+		testenv.Within(t, "the clients", func() error { load.Wait(); return nil })
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -175,5 +175,5 @@ func TestManySessions(t *testing.T) {
 			}
 		})
 	}
-	within(t, "the sessions", func() error { work.Wait(); return nil })
+	testenv.Within(t, "the sessions", func() error { work.Wait(); return nil })
 }

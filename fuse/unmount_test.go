@@ -259,7 +259,7 @@ func TestConnectionID(t *testing.T) {
 // who asks.
 func TestUnmountAsksNoServer(t *testing.T) {
 	l := newLab(t, nil)
-	if err := within(t, "Unmount", func() error { return l.s.Unmount(context.Background(), 0) }); err != nil {
+	if err := testenv.Within(t, "Unmount", func() error { return l.s.Unmount(context.Background(), 0) }); err != nil {
 		t.Error(err)
 	}
 	testenv.Feature(t, "identity of a FUSE mount", identityPath())

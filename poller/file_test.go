@@ -58,20 +58,6 @@ func readByte(fd int) (bool, error) {
 	return n == 1, err
 }
 
-// within runs f and fails the test when it does not return.
-func within(t testing.TB, what string, f func() error) error {
-	t.Helper()
-	result := make(chan error, 1)
-	go func() { result <- f() }()
-	select {
-	case err := <-result:
-		return err
-	case <-time.After(patience):
-		t.Fatalf("%s: still waiting after %v", what, patience)
-		return nil
-	}
-}
-
 // TestReadWaits: Read waits for data, returns what is there, and io.EOF at the
 // end.
 func TestReadWaits(t *testing.T) {
@@ -82,7 +68,7 @@ func TestReadWaits(t *testing.T) {
 		unix.Write(w, []byte("hello"))
 	}()
 	buf := make([]byte, 64)
-	err := within(t, "Read", func() error {
+	err := testenv.Within(t, "Read", func() error {
 		n, err := f.Read(buf)
 		if string(buf[:n]) != "hello" {
 			t.Errorf("Read returned %q", buf[:n])
@@ -128,7 +114,7 @@ func TestWaitChecksFirst(t *testing.T) {
 		write(t, w, "x")
 		// The runtime has seen the edge before the wait begins.
 		time.Sleep(100 * time.Microsecond)
-		if err := within(t, "Wait", func() error { return f.Wait(readByte) }); err != nil {
+		if err := testenv.Within(t, "Wait", func() error { return f.Wait(readByte) }); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -140,7 +126,7 @@ func TestWaitKeepsEdges(t *testing.T) {
 	testenv.NoLeaks(t)
 	f, w := pipe(t)
 	calls := 0
-	err := within(t, "Wait", func() error {
+	err := testenv.Within(t, "Wait", func() error {
 		return f.Wait(func(fd int) (bool, error) {
 			calls++
 			if done, err := readByte(fd); done || err != nil {
@@ -215,7 +201,7 @@ func TestClosedIsErrClosed(t *testing.T) {
 		if err := f.Close(); err != nil {
 			t.Fatal(err)
 		}
-		if err := within(t, name, func() error { return <-result }); !errors.Is(err, os.ErrClosed) {
+		if err := testenv.Within(t, name, func() error { return <-result }); !errors.Is(err, os.ErrClosed) {
 			t.Errorf("%s during Close returned %v; want os.ErrClosed", name, err)
 		}
 		others[name] = wait
@@ -227,7 +213,7 @@ func TestClosedIsErrClosed(t *testing.T) {
 		}
 	}
 	for name, call := range others {
-		if err := within(t, name, func() error { return call(f) }); !errors.Is(err, os.ErrClosed) {
+		if err := testenv.Within(t, name, func() error { return call(f) }); !errors.Is(err, os.ErrClosed) {
 			t.Errorf("%s after Close returned %v; want os.ErrClosed", name, err)
 		}
 	}
@@ -267,7 +253,7 @@ func TestDeadlineHidesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, w, "x")
-	if err := within(t, "Wait", func() error { return f.Wait(readByte) }); err != nil {
+	if err := testenv.Within(t, "Wait", func() error { return f.Wait(readByte) }); err != nil {
 		t.Errorf("Wait after the deadline was lifted returned %v", err)
 	}
 }
@@ -284,7 +270,7 @@ func TestDeadlineWakes(t *testing.T) {
 		go func() { result <- wait(f) }()
 		time.Sleep(5 * time.Millisecond)
 		f.SetReadDeadline(past)
-		if err := within(t, name, func() error { return <-result }); !errors.Is(err, os.ErrDeadlineExceeded) {
+		if err := testenv.Within(t, name, func() error { return <-result }); !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("%s returned %v; want os.ErrDeadlineExceeded", name, err)
 		}
 	}
@@ -324,11 +310,11 @@ func TestErrorConditionGetsItsErrno(t *testing.T) {
 	}()
 	<-waiting
 	unix.Close(p[0])
-	if err := within(t, "Wait", func() error { return <-result }); err != unix.EPIPE {
+	if err := testenv.Within(t, "Wait", func() error { return <-result }); err != unix.EPIPE {
 		t.Errorf("Wait returned %v; want EPIPE", err)
 	}
 	// From then on the runtime refuses to begin a wait.
-	err = within(t, "Wait", func() error {
+	err = testenv.Within(t, "Wait", func() error {
 		return f.Wait(func(fd int) (bool, error) {
 			_, err := unix.Write(fd, []byte("x"))
 			return err != unix.EAGAIN, err
@@ -340,7 +326,7 @@ func TestErrorConditionGetsItsErrno(t *testing.T) {
 	if n, err := f.Read(make([]byte, 8)); n != 0 || !errors.Is(err, unix.EBADF) {
 		t.Errorf("Read returned %d, %v; want EBADF", n, err)
 	}
-	err = within(t, "Wait", func() error { return f.Wait(func(int) (bool, error) { return false, nil }) })
+	err = testenv.Within(t, "Wait", func() error { return f.Wait(func(int) (bool, error) { return false, nil }) })
 	if err == nil || !strings.Contains(err.Error(), "error condition") || !strings.Contains(err.Error(), f.Name()) {
 		t.Errorf("Wait returned %v; want an error that names the file and its state", err)
 	}
@@ -358,7 +344,7 @@ func TestCancelOn(t *testing.T) {
 	go func() { result <- f.Wait(readByte) }()
 	time.Sleep(5 * time.Millisecond)
 	cancel()
-	if err := within(t, "Wait", func() error { return <-result }); !errors.Is(err, os.ErrDeadlineExceeded) {
+	if err := testenv.Within(t, "Wait", func() error { return <-result }); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("Wait returned %v; want os.ErrDeadlineExceeded", err)
 	}
 	if err := f.Wait(readByte); !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -504,7 +490,7 @@ func TestWaiter(t *testing.T) {
 	})
 	for i := range 3 {
 		time.AfterFunc(time.Millisecond, func() { write(t, w, string(rune('a'+i))) })
-		if err := within(t, "Waiter", wait); err != nil || got != byte('a'+i) {
+		if err := testenv.Within(t, "Waiter", wait); err != nil || got != byte('a'+i) {
 			t.Fatalf("%q, %v; want %q", got, err, byte('a'+i))
 		}
 	}
@@ -551,7 +537,7 @@ func TestPin(t *testing.T) {
 		t.Errorf("read of the pinned descriptor: %d, %v", n, err)
 	}
 	f.Unpin()
-	if err := within(t, "Close", func() error { return <-closed }); err != nil {
+	if err := testenv.Within(t, "Close", func() error { return <-closed }); err != nil {
 		t.Error(err)
 	}
 	if fd, ok := f.Pin(); ok {

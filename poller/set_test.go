@@ -53,7 +53,7 @@ func next(t testing.TB, s *poller.Set[string], room int) []poller.Ready[string] 
 	t.Helper()
 	ready := make([]poller.Ready[string], room)
 	n := 0
-	err := within(t, "Set.Wait", func() (err error) {
+	err := testenv.Within(t, "Set.Wait", func() (err error) {
 		n, err = s.Wait(ready)
 		return err
 	})
@@ -328,7 +328,7 @@ func TestSetClose(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if err := within(t, "Wait", func() error { return <-result }); !errors.Is(err, os.ErrClosed) {
+	if err := testenv.Within(t, "Wait", func() error { return <-result }); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("Wait returned %v; want os.ErrClosed", err)
 	}
 	if _, err := s.Wait(make([]poller.Ready[string], 4)); !errors.Is(err, os.ErrClosed) {

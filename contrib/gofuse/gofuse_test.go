@@ -67,7 +67,7 @@ func (l *lab) serve(ctx context.Context) (wait func() error) {
 	go func() { result <- l.server.Serve(ctx) }()
 	wait = sync.OnceValue(func() error {
 		l.t.Helper()
-		return within(l.t, "the end of Serve", func() error { return <-result })
+		return testenv.Within(l.t, "the end of Serve", func() error { return <-result })
 	})
 	l.t.Cleanup(func() {
 		l.s.Close()
@@ -78,20 +78,6 @@ func (l *lab) serve(ctx context.Context) (wait func() error) {
 
 func (l *lab) path(names ...string) string {
 	return filepath.Join(append([]string{l.dir}, names...)...)
-}
-
-// within runs f and fails the test when it does not return.
-func within(t testing.TB, what string, f func() error) error {
-	t.Helper()
-	result := make(chan error, 1)
-	go func() { result <- f() }()
-	select {
-	case err := <-result:
-		return err
-	case <-time.After(patience):
-		t.Fatalf("%s: still waiting after %v", what, patience)
-		return nil
-	}
 }
 
 // loopback is go-fuse's own file system that shows another directory.
@@ -165,7 +151,7 @@ func TestLoopback(t *testing.T) {
 			}
 		})
 	}
-	within(t, "the writers", func() error { writers.Wait(); return nil })
+	testenv.Within(t, "the writers", func() error { writers.Wait(); return nil })
 
 	run(t, l.dir, "rm", "-r", "clone", "copy", "all.tar", "writer0", "writer1", "writer2", "writer3")
 	if entries, err := os.ReadDir(l.dir); err != nil || len(entries) != 0 {
@@ -233,7 +219,7 @@ func (l *lab) stat(name string) (tid int, wait func() error) {
 	}()
 	return <-threads, func() error {
 		l.t.Helper()
-		return within(l.t, "stat of "+name, func() error { return <-result })
+		return testenv.Within(l.t, "stat of "+name, func() error { return <-result })
 	}
 }
 
@@ -265,7 +251,7 @@ func TestSlowHandlers(t *testing.T) {
 		tids, waits = append(tids, tid), append(waits, wait)
 	}
 	for range slow {
-		within(t, "the handlers", func() error { <-entered; return nil })
+		testenv.Within(t, "the handlers", func() error { <-entered; return nil })
 	}
 	if _, wait := l.stat("quick"); wait() != unix.ENOENT {
 		t.Error("stat of a name that is not there")
@@ -318,7 +304,7 @@ func TestEndCancelsHandlers(t *testing.T) {
 				l.stat(fmt.Sprint(i))
 			}
 			for range slow {
-				within(t, "the handlers", func() error { <-entered; return nil })
+				testenv.Within(t, "the handlers", func() error { <-entered; return nil })
 			}
 			if err := end.end(l); err != nil {
 				t.Fatal(err)
@@ -362,7 +348,7 @@ func TestServeAgain(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		wait := l.serve(ctx)
 		_, waitSlow := l.stat("slow")
-		within(t, "the handler", func() error { <-entered; return nil })
+		testenv.Within(t, "the handler", func() error { <-entered; return nil })
 		var drained chan error
 		want := cause
 		if how == "cancel" {
@@ -380,7 +366,7 @@ func TestServeAgain(t *testing.T) {
 			t.Errorf("%s: the slow stat: %v", how, err)
 		}
 		if drained != nil {
-			if err := within(t, "Drain", func() error { return <-drained }); err != nil {
+			if err := testenv.Within(t, "Drain", func() error { return <-drained }); err != nil {
 				t.Errorf("Drain: %v", err)
 			}
 			l.s.Resume()

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream/contrib/gofuse"
+	"github.com/kernstream/kernstream/internal/testenv"
 )
 
 // What a file system tells the kernel goes through the session: data is put into
@@ -55,14 +56,14 @@ func TestNotifications(t *testing.T) {
 	cached := make([]byte, len(original))
 	var n int
 	var errno syscall.Errno
-	within(t, "ReadCache", func() error { n, errno = inode.ReadCache(0, cached); return nil })
+	testenv.Within(t, "ReadCache", func() error { n, errno = inode.ReadCache(0, cached); return nil })
 	if n != len(stored) || errno != 0 || !bytes.Equal(cached, stored) {
 		t.Errorf("ReadCache: %d bytes, %v; want %d", n, errno, len(stored))
 	}
 	if errno := inode.NotifyContent(0, 0); errno != 0 {
 		t.Errorf("NotifyContent: %v", errno)
 	}
-	within(t, "ReadCache", func() error { n, errno = inode.ReadCache(0, cached); return nil })
+	testenv.Within(t, "ReadCache", func() error { n, errno = inode.ReadCache(0, cached); return nil })
 	if n != 0 || errno != 0 {
 		t.Errorf("ReadCache of what was dropped: %d bytes, %v", n, errno)
 	}

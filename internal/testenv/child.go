@@ -1,6 +1,7 @@
 package testenv
 
 import (
+	"bufio"
 	"fmt"
 	"io"
 	"os"
@@ -57,6 +58,23 @@ func beChild() {
 	os.Exit(main(os.Args[1:]))
 }
 
+// StartPiped starts cmd, and returns what it reads from and what it writes.
+func StartPiped(tb testing.TB, cmd *exec.Cmd) (stdin io.WriteCloser, stdout *bufio.Reader) {
+	tb.Helper()
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	return stdin, bufio.NewReader(out)
+}
+
 // idle is a child that says when it runs, and ends when its standard input
 // does.
 const idle = "idle"
@@ -75,23 +93,13 @@ func StartIdle(tb testing.TB, attr *syscall.SysProcAttr) (pid int, end func()) {
 	tb.Helper()
 	cmd := Child(tb, idle)
 	cmd.SysProcAttr = attr
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		tb.Fatal(err)
-	}
+	stdin, stdout := StartPiped(tb, cmd)
 	end = sync.OnceFunc(func() {
 		stdin.Close()
 		cmd.Wait()
 	})
 	tb.Cleanup(end)
-	if _, err := io.ReadFull(stdout, make([]byte, 1)); err != nil {
+	if _, err := stdout.ReadByte(); err != nil {
 		tb.Fatal(err)
 	}
 	return cmd.Process.Pid, end

@@ -84,6 +84,20 @@ func NeedRoot(tb testing.TB, what string) {
 // any machine, however busy, since only a failure takes that long.
 const Patience = time.Minute
 
+// Within runs f, returns what it returned, and fails tb when it does not return.
+func Within(tb testing.TB, what string, f func() error) error {
+	tb.Helper()
+	result := make(chan error, 1)
+	go func() { result <- f() }()
+	select {
+	case err := <-result:
+		return err
+	case <-time.After(Patience):
+		tb.Fatalf("%s: still waiting after %v", what, Patience)
+		return nil
+	}
+}
+
 // NeedMounts skips tb where the tests could not get a mount namespace of their
 // own. Its package must call [MainInNamespace].
 func NeedMounts(tb testing.TB) {
