@@ -124,6 +124,7 @@ func TestStatusTGID(t *testing.T) {
 func FuzzStat(f *testing.F) {
 	f.Add([]byte(statOf("sh", map[int]string{3: "Z", 35: "1", 52: "256"})))
 	f.Add([]byte("1 (a) b) R 0"))
+	f.Add([]byte(statOf("sh", map[int]string{3: "R", 4: "4710"})))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		procfs.StatusTGID(text)
 		stat, ok := procfs.ParseStat(text)
@@ -134,7 +135,10 @@ func FuzzStat(f *testing.F) {
 		if stat.Permitted {
 			wchan = "1"
 		}
-		made := statOf("x", map[int]string{3: string(rune(stat.State)), 22: fmt.Sprint(stat.StartTime), 35: wchan, 52: fmt.Sprint(stat.ExitCode)})
+		made := statOf("x", map[int]string{
+			3: string(rune(stat.State)), 4: fmt.Sprint(stat.PPID), 22: fmt.Sprint(stat.StartTime),
+			35: wchan, 52: fmt.Sprint(stat.ExitCode),
+		})
 		if again, ok := procfs.ParseStat([]byte(made)); stat.State < 0x80 && (!ok || again != stat) {
 			t.Errorf("%+v, made again %+v, %t", stat, again, ok)
 		}
