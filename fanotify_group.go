@@ -324,6 +324,10 @@ func (r *fileReader) event(raw fanotify.Event) *FileEvent {
 		// What is in the cache may be of before a rename that was lost.
 		r.paths.drop()
 		e = &FileEvent{}
+	case r.group.via == ViaHandle && FileOp(raw.Mask()).Has(OpMoveSelf|OpOnDir):
+		// The kernel may have told this group before the quiet one.
+		r.paths.drop()
+		e = r.handleEvent(&info)
 	case r.group.via == ViaDescriptor:
 		e = r.descriptorEvent(raw)
 	default:

@@ -3,6 +3,7 @@ package kernstream
 import (
 	"bytes"
 	"errors"
+	"maps"
 	"os"
 	"strconv"
 	"strings"
@@ -141,7 +142,7 @@ type pathCache struct {
 	systems *fileSystems
 	mounts  *poller.Descriptor // mountinfo, for its poll(2); nil: not to be had
 	found   map[string]*foundPath
-	old     map[string]*foundPath // what was dropped last: of directories that are deleted by now
+	old     map[string]*foundPath // what was dropped: of directories that are deleted by now
 	ours    map[uint64]bool       // which mounts are of this namespace
 	changes uint64                // of the file systems, when the cache was valid
 	batch   uint64
@@ -168,10 +169,12 @@ func (c *pathCache) close() {
 }
 
 func (c *pathCache) drop() {
-	if len(c.found) > 0 {
+	if len(c.found)+len(c.old) > cacheLimit {
 		c.found, c.old = c.old, c.found
-		clear(c.found)
+	} else {
+		maps.Copy(c.old, c.found)
 	}
+	clear(c.found)
 	c.last = nil
 }
 

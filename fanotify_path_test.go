@@ -784,3 +784,55 @@ func run(t testing.TB, name string, args ...string) {
 		t.Fatalf("%s %q: %v: %s", name, args, err, out)
 	}
 }
+
+// TestFileOwnRename: the path of a directory that tells of its own rename is the
+// one after that, whichever of the groups that see it is told first.
+func TestFileOwnRename(t *testing.T) {
+	needMarks(t)
+	testenv.Feature(t, "file events", "handle")
+	l := newFileLab(t, nil, "0/", kernstream.Mark{Type: filesystem, Ops: kernstream.OpMoveSelf | onDir})
+	watchers := []*kernstream.FileWatcher{l.w}
+	for range 7 {
+		l.watch(nil, kernstream.Mark{Type: filesystem, Ops: kernstream.OpMoveSelf | onDir})
+		watchers = append(watchers, l.w)
+	}
+	for i := range testenv.SoakN(200) {
+		to := l.path(fmt.Sprint(i + 1))
+		l.do(os.Rename(l.path(fmt.Sprint(i)), to))
+		for _, w := range watchers {
+			if e := receiveFile(t, w); e.Path != to { // which it remembers
+				t.Fatalf("event %v; want %s", e, to)
+			}
+		}
+	}
+}
+
+// TestFilePathRemembered: a directory that is gone when its event is read has the
+// path that it was known by, also after renames of others.
+func TestFilePathRemembered(t *testing.T) {
+	needMarks(t)
+	l := newFileLab(t, nil, "d/f other/f", kernstream.Mark{Type: filesystem, Ops: opOpen})
+	see := func(name string) {
+		t.Helper()
+		l.read(name)
+		if e := l.receive(); e.Path != l.path(name) || e.PathState != kernstream.PathExact {
+			t.Errorf("event %v; want %s", e, name)
+		}
+	}
+	see("d/f")
+	for i := range 5 {
+		name := fmt.Sprint("other", i)
+		l.do(os.Rename(l.path("other"), l.path(name)))
+		see(name + "/f")
+		l.do(os.Rename(l.path(name), l.path("other")))
+	}
+	see("other/f")
+	l.read("other/f")
+	l.read("d/f") // they are read at once, and wait for the first
+	l.do(os.RemoveAll(l.path("d")))
+	l.receive()
+	e := l.receive()
+	if e.Path != l.path("d/f") || e.PathState != kernstream.PathDeleted && e.PathState != kernstream.PathExact {
+		t.Errorf("event %v", e)
+	}
+}
