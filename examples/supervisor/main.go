@@ -137,6 +137,7 @@ func (s *supervisor) watch(target kernstream.Target) error {
 	switch {
 	case errors.Is(err, os.ErrProcessDone):
 		fmt.Fprintln(s.out, target, "has ended already")
+		s.changed = true // it may be in the file
 		return nil
 	case errors.Is(err, syscall.EINVAL):
 		fmt.Fprintln(s.out, err) // a thread, say

@@ -147,6 +147,8 @@ func TestState(t *testing.T) {
 			t.Errorf("it says %v; want %q", gone, want)
 		}
 	}
+	fmt.Fprintln(r.Stdin, "all loaded")
+	r.Line()
 	r.Stdin.Close()
 	h.end()
 	if line := r.Line(); !strings.HasPrefix(line, fmt.Sprintf("process %d ended: ", h.pids[0])) {
@@ -155,6 +157,22 @@ func TestState(t *testing.T) {
 	end(t, r)
 	if text, err := os.ReadFile(state); len(text) > 0 || err != nil {
 		t.Errorf("the state at the end is %q, %v", text, err)
+	}
+
+	// All that was saved has ended meanwhile.
+	if err := os.WriteFile(state, []byte(swapped), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r = testenv.StartProgram(t, "supervisor", "-state", state)
+	for range h.pids {
+		if line := r.Line(); !strings.HasSuffix(line, " has ended already") {
+			t.Errorf("it says %q", line)
+		}
+	}
+	r.Stdin.Close()
+	end(t, r)
+	if text, err := os.ReadFile(state); len(text) > 0 || err != nil {
+		t.Errorf("the state of nothing is %q, %v", text, err)
 	}
 }
 
