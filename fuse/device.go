@@ -296,7 +296,7 @@ func (d *Device) readOnce(fd int) (done bool, err error) {
 // failed returns what Next returns when reading failed with err.
 func (d *Device) failed(ctx context.Context, err error) error {
 	switch {
-	case err == os.ErrClosed, d.connectionGone():
+	case err == os.ErrClosed, d.connectionGone(), isEnd(err) && d.connectionGoes():
 		return d.end(d.buf)
 	case errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() != nil:
 		return context.Cause(ctx)
@@ -304,8 +304,19 @@ func (d *Device) failed(ctx context.Context, err error) error {
 	return failed("read", d.session.object(), err)
 }
 
+// isEnd tells whether an error of reading is that of a connection that is gone,
+// or about to be: the kernel takes the devices of one away first.
+func isEnd(err error) bool { return errors.Is(err, unix.ECONNABORTED) || errors.Is(err, unix.ENODEV) }
+
 // connectionGone tells whether the connection has ended, without reading.
-func (d *Device) connectionGone() bool {
+func (d *Device) connectionGone() bool { return d.connectionGoneIn(0) }
+
+// connectionGoes tells the same of one that is about to end.
+func (d *Device) connectionGoes() bool { return d.connectionGoneIn(time.Second) }
+
+// connectionGoneIn waits for the end of the connection, for a while. That is the
+// time that the kernel takes between two lines.
+func (d *Device) connectionGoneIn(wait time.Duration) bool {
 	fd, ok := d.file.Pin()
 	if !ok {
 		return true
@@ -313,7 +324,7 @@ func (d *Device) connectionGone() bool {
 	defer d.file.Unpin()
 	fds := []unix.PollFd{{Fd: int32(fd)}}
 	for {
-		n, err := unix.Poll(fds, 0)
+		n, err := unix.Poll(fds, int(wait.Milliseconds()))
 		if err != unix.EINTR {
 			return n > 0 && fds[0].Revents&unix.POLLERR != 0
 		}
