@@ -2,12 +2,18 @@
 
 package main
 
-import "github.com/kernstream/kernstream/test/kernels/job"
+import (
+	"slices"
+	"strings"
+
+	"github.com/kernstream/kernstream/test/kernels/job"
+)
 
 // collector makes a column out of records.
 type collector struct {
 	column  *column
 	parser  *parser
+	again   bool // what is parsed is of tests that failed before
 	verbose func(pass, line string)
 }
 
@@ -26,7 +32,7 @@ func (c *collector) Handle(rec job.Record) {
 		if n := len(c.column.Passes); n == 0 || c.column.Passes[n-1].Pass != rec.Pass {
 			c.column.Passes = append(c.column.Passes, passResult{Pass: rec.Pass})
 		}
-		c.parser = newParser(rec.Package)
+		c.parser, c.again = newParser(rec.Package), rec.Again
 	case job.Line:
 		c.verbose(rec.Pass, rec.Text)
 		if c.parser != nil {
@@ -50,6 +56,39 @@ func (c *collector) finish(status int) {
 		return
 	}
 	p := &c.column.Passes[len(c.column.Passes)-1]
-	p.Results = append(p.Results, c.parser.End(status)...)
+	results := c.parser.End(status)
+	switch {
+	case !c.again:
+		p.Results = append(p.Results, results...)
+	case status == 0:
+		p.unsteady(results)
+	}
 	c.parser = nil
+}
+
+// unsteady takes the results of tests that failed, and then passed each time in
+// place of the first ones.
+func (p *passResult) unsteady(again []result) {
+	for i := range again {
+		test := &again[i]
+		if test.Outcome != passed || parentTest(test.Name) != "" {
+			continue
+		}
+		of := func(r result) bool {
+			return r.Package == test.Package && (r.Name == test.Name || strings.HasPrefix(r.Name, test.Name+"/"))
+		}
+		first := slices.IndexFunc(p.Results, of)
+		if first < 0 {
+			continue
+		}
+		for _, r := range p.Results {
+			if of(r) && r.Outcome == failed {
+				test.Output = append(test.Output, r.Output...)
+			}
+		}
+		p.Results = slices.DeleteFunc(p.Results, of)
+		test.Unsteady = true
+		kept := slices.DeleteFunc(slices.Clone(again), func(r result) bool { return !of(r) })
+		p.Results = slices.Insert(p.Results, first, kept...)
+	}
 }

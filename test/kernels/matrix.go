@@ -152,9 +152,11 @@ func (m *matrix) build(ctx context.Context) error {
 		// The test binary's own limit comes first, and the init's a little
 		// later; the kernel's is the last.
 		Limit: int(testLimit(m.options.timeout).Seconds()),
+		Again: repetitions,
 		Shell: m.options.shell,
 	}
 	if m.options.ignoreVersions {
+		j.Again = 0 // they are to fail
 		j.Env = append(j.Env, "KERNSTREAM_IGNORE_VERSIONS=1")
 	}
 	if j.Packages, err = m.stage.Packages(ctx, m.options.packages); err != nil {
@@ -173,6 +175,12 @@ func (m *matrix) build(ctx context.Context) error {
 	onHost.Passes = hostPasses(j.Passes)
 	return m.stage.WriteJob(hostJob, &onHost)
 }
+
+// repetitions is how often a test that failed runs again, by itself. What a kernel
+// does otherwise than others, it does each time. An emulated processor at a
+// twentieth of the speed, beside another one, makes a test wait for longer than it
+// has the patience to about once in ten thousand results.
+const repetitions = 5
 
 // testLimit is how long one test binary may take.
 func testLimit(kernel time.Duration) time.Duration { return kernel / 2 }
@@ -320,6 +328,7 @@ func freeMemory() int {
 // finish prints what came out, and writes or checks the report.
 func (m *matrix) finish(columns []*column) (ok bool, err error) {
 	printFailures(os.Stdout, columns)
+	printUnsteady(os.Stdout, columns)
 	if m.options.ignoreVersions {
 		printNeedless(os.Stdout, columns)
 	}

@@ -32,6 +32,7 @@ type result struct {
 	Features []feature // which path was at work
 	Output   []string
 	Group    bool // its subtests say it all; it is not counted itself
+	Unsteady bool // it failed, and passed each time when it ran again by itself; Output is the failure's
 }
 
 // feature is a test's word on the path by which a feature works, written by

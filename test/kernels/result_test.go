@@ -182,3 +182,51 @@ func TestLastWords(t *testing.T) {
 		t.Errorf("empty: %q", got)
 	}
 }
+
+// Tests that failed once, and passed each time when they ran again by themselves,
+// passed, and are named with what they wrote. One that fails again failed, and so
+// did all that ran with it; a test that was not meant keeps its result.
+func TestUnsteady(t *testing.T) {
+	first := `{"kind":"begin","pass":"root","package":"a"}
+{"kind":"line","text":"\u0016=== RUN   TestA"}
+{"kind":"line","text":"\u0016--- PASS: TestA (0.00s)"}
+{"kind":"line","text":"\u0016=== RUN   TestB"}
+{"kind":"line","text":"\u0016=== RUN   TestB/x"}
+{"kind":"line","text":"    b_test.go:1: odd"}
+{"kind":"line","text":"\u0016--- FAIL: TestB/x (0.00s)"}
+{"kind":"line","text":"\u0016--- FAIL: TestB (0.00s)"}
+{"kind":"line","text":"\u0016=== RUN   TestBB"}
+{"kind":"line","text":"\u0016--- PASS: TestBB (0.00s)"}
+{"kind":"end","pass":"root","package":"a","status":1}
+{"kind":"begin","pass":"root","package":"a","again":true}
+{"kind":"line","text":"\u0016=== RUN   TestB"}
+{"kind":"line","text":"    b_test.go:1: feature: thing: path"}
+{"kind":"line","text":"\u0016=== RUN   TestB/x"}
+{"kind":"line","text":"\u0016--- PASS: TestB/x (0.00s)"}
+{"kind":"line","text":"\u0016--- PASS: TestB (0.00s)"}
+`
+	for status, want := range map[int]string{
+		0: "pass TestA\npass TestB (group)\n\tfeature \"thing\" by \"path\"\n\toutput  \"    b_test.go:1: feature: thing: path\"\n" +
+			"\toutput  \"    b_test.go:1: odd\"\npass TestB/x\npass TestBB\n",
+		1: "pass TestA\nfail TestB (group)\nfail TestB/x\n\toutput  \"    b_test.go:1: odd\"\npass TestBB\n",
+	} {
+		c := &collector{column: &column{Name: "6.1", Version: version{6, 1}}, verbose: func(string, string) {}}
+		stream := first + fmt.Sprintf(`{"kind":"end","pass":"root","package":"a","status":%d}`, status) + "\n" + `{"kind":"done"}` + "\n"
+		if done, err := readRecords(strings.NewReader(stream), c.Handle); !done || err != nil {
+			t.Fatalf("done %v, error %v", done, err)
+		}
+		c.Close(nil)
+		if got := show(c.column.Passes[0].Results); got != want {
+			t.Errorf("status %d: results:\n%s", status, got)
+		}
+		if c.column.ok() != (status == 0) {
+			t.Errorf("status %d: ok is %v", status, c.column.ok())
+		}
+		var unsteady, failures strings.Builder
+		printUnsteady(&unsteady, []*column{c.column})
+		printFailures(&failures, []*column{c.column})
+		if named := strings.Contains(unsteady.String(), "unsteady: 6.1 root: a: TestB\n"); named != (status == 0) || (failures.Len() == 0) != named {
+			t.Errorf("status %d: %q, %q", status, unsteady.String(), failures.String())
+		}
+	}
+}

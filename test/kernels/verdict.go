@@ -159,6 +159,21 @@ func printFailures(w io.Writer, columns []*column) {
 	}
 }
 
+// printUnsteady lists the tests that failed once, and passed when they ran again
+// by themselves.
+func printUnsteady(w io.Writer, columns []*column) {
+	for _, c := range columns {
+		for _, p := range c.Passes {
+			for i := range p.Results {
+				if r := &p.Results[i]; r.Unsteady {
+					fmt.Fprintf(w, "unsteady: %s %s: %s: %s\n", c.Title(), p.Pass, r.Package, r.Name)
+					printTail(w, r.Output)
+				}
+			}
+		}
+	}
+}
+
 func printTail(w io.Writer, lines []string) {
 	if cut := len(lines) - maxOutputLines; cut > 0 {
 		fmt.Fprintf(w, "    ... %d lines before\n", cut)

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -108,21 +109,63 @@ func (r *runner) pass(name string) error {
 		"KERNSTREAM_STRICT=" + strict,
 	}, r.job.Env...)
 	for _, pkg := range r.job.Packages {
-		r.record(job.Record{Kind: job.Begin, Pass: name, Package: pkg.Name})
-		status, err := r.test(name, pkg, env, changeUser)
-		if err != nil {
-			r.record(job.Record{Kind: job.Line, Pass: name, Package: pkg.Name, Text: "init: " + err.Error()})
-			status = max(status, 1)
+		run := testRun{pass: name, pkg: pkg, env: env, changeUser: changeUser}
+		r.report(&run)
+		if len(run.failed) > 0 && !run.broken && r.job.Again > 0 {
+			r.report(run.again(r.job.Again))
 		}
-		r.record(job.Record{Kind: job.End, Pass: name, Package: pkg.Name, Status: status})
 	}
 	return nil
 }
 
-// test runs one test binary to its end and returns its exit status.
-func (r *runner) test(pass string, pkg job.Package, env []string, changeUser bool) (status int, err error) {
-	args := append([]string{filepath.Join(r.dir, "src", pkg.Binary)}, r.job.Args...)
-	if pass == job.NoAdmin {
+// A testRun is one run of a test binary.
+type testRun struct {
+	pass       string
+	pkg        job.Package
+	args       []string // beside those of the job
+	env        []string
+	changeUser bool
+	repeated   bool
+
+	failed []string // the tests that did
+	broken bool     // it did not come to its end
+}
+
+// again returns a run of the tests that failed alone, n times each.
+func (t *testRun) again(n int) *testRun {
+	return &testRun{
+		pass: t.pass, pkg: t.pkg, env: t.env, changeUser: t.changeUser, repeated: true,
+		args: []string{"-test.run=^(?:" + strings.Join(t.failed, "|") + ")$", "-test.count=" + strconv.Itoa(n)},
+	}
+}
+
+// note takes a line of the output.
+func (t *testRun) note(line string) {
+	_, frame, _ := strings.Cut(line, string(rune(marker)))
+	if rest, ok := strings.CutPrefix(frame, "--- FAIL: "); ok {
+		if name, _, _ := strings.Cut(rest, " "); !strings.Contains(name, "/") {
+			t.failed = append(t.failed, name)
+		}
+	}
+}
+
+// report runs a test binary, and writes records about that.
+func (r *runner) report(t *testRun) {
+	r.record(job.Record{Kind: job.Begin, Pass: t.pass, Package: t.pkg.Name, Again: t.repeated})
+	status, err := r.test(t)
+	if err != nil {
+		r.record(job.Record{Kind: job.Line, Pass: t.pass, Package: t.pkg.Name, Text: "init: " + err.Error()})
+		status = max(status, 1)
+	}
+	// The testing package exits with 1 when tests fail, and Go with 2 from a panic.
+	t.broken = status > 1 || err != nil
+	r.record(job.Record{Kind: job.End, Pass: t.pass, Package: t.pkg.Name, Status: status})
+}
+
+// test runs a test binary to its end and returns its exit status.
+func (r *runner) test(t *testRun) (status int, err error) {
+	args := slices.Concat([]string{filepath.Join(r.dir, "src", t.pkg.Binary)}, r.job.Args, t.args)
+	if t.pass == job.NoAdmin {
 		self, err := os.Executable()
 		if err != nil {
 			return 0, err
@@ -133,14 +176,15 @@ func (r *runner) test(pass string, pkg job.Package, env []string, changeUser boo
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.Dir = filepath.Join(r.dir, "src", pkg.Dir)
-	cmd.Env = slices.Clone(env)
+	cmd.Dir = filepath.Join(r.dir, "src", t.pkg.Dir)
+	cmd.Env = slices.Clone(t.env)
 	out := &lineWriter{emit: func(text string) {
-		r.record(job.Record{Kind: job.Line, Pass: pass, Package: pkg.Name, Text: text})
+		t.note(text)
+		r.record(job.Record{Kind: job.Line, Pass: t.pass, Package: t.pkg.Name, Text: text})
 	}}
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	if changeUser {
+	if t.changeUser {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: job.UserID, Gid: job.UserID}
 	}
 	group := func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }

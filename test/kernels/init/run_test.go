@@ -52,3 +52,22 @@ func TestLineWriterBounds(t *testing.T) {
 		t.Errorf("cut off at %d of %d", cut, n)
 	}
 }
+
+// The tests that failed, and no others, run again; of subtests, the whole test
+// does.
+func TestFailedTestsRunAgain(t *testing.T) {
+	run := &testRun{pass: "root"}
+	for _, line := range []string{
+		"\x16=== RUN   TestA", "--- FAIL: TestOutput (0.00s)", "\x16--- PASS: TestA (0.00s)", "\x16=== RUN   TestB/x",
+		"\x16--- FAIL: TestB/x (0.00s)", "no end of line\x16--- FAIL: TestB (0.00s)", "\x16--- FAIL: TestC (12.34s)",
+	} {
+		run.note(line)
+	}
+	if want := []string{"TestB", "TestC"}; !slices.Equal(run.failed, want) {
+		t.Errorf("failed: %q", run.failed)
+	}
+	again := run.again(3)
+	if want := []string{"-test.run=^(?:TestB|TestC)$", "-test.count=3"}; !slices.Equal(again.args, want) || !again.repeated || again.pass != "root" {
+		t.Errorf("again: %+v", again)
+	}
+}

@@ -28,6 +28,7 @@ type Job struct {
 	Args     []string  // arguments of each test binary
 	Env      []string  // beside those of the pass
 	Limit    int       // seconds for each test binary
+	Again    int       // how often tests that failed run again, by themselves
 	Shell    bool      // an interactive shell on the console in place of the tests
 }
 
@@ -43,7 +44,8 @@ type Package struct {
 type Kind string
 
 // The kinds of records, in the order of a run: one Hello, for each pass and
-// package one Begin, its Lines and one End, and one Done.
+// package one Begin, its Lines and one End, and the same for its tests that
+// failed and run again, and one Done.
 const (
 	Hello Kind = "hello" // Text is the kernel's release
 	Note  Kind = "note"  // Text is a problem with the environment of the tests
@@ -60,4 +62,5 @@ type Record struct {
 	Package string `json:"package,omitempty"`
 	Text    string `json:"text,omitempty"`
 	Status  int    `json:"status,omitempty"`
+	Again   bool   `json:"again,omitempty"` // of a Begin: it is of tests that failed
 }
