@@ -189,8 +189,10 @@ const fileBuffer = 64
 // Err. It allows what happens while the marks are being taken away, and if the
 // process dies, by SIGKILL or a panic, all that waits. It would allow what does
 // not fit into its queue, which therefore has no limit. It opens the file as the
-// event is read: a file system that does not answer (FUSE, NFS) holds up all
-// events of the watcher, so it should have one of its own.
+// event is read: if its file system does not answer for half a second (FUSE, NFS),
+// another goroutine reads on, and those who ask about other files wait for that
+// long. Each file that is held up so takes a thread; with 64 of them nothing more
+// is read, so such a file system should have a watcher of its own.
 //
 // A process with such a watcher must not start others by executing what may be
 // marked: a program, its interpreter, a shared library. Between the clone and the

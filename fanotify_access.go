@@ -47,6 +47,12 @@ type accessList struct {
 	held    int       // permission events that nobody is through with
 	kept    int       // others in the queue that have a descriptor
 	armed   bool      // the timer runs; it may be for an event that has its answer
+
+	// Answers that are to be written together. See collect.
+	collected []collected
+	writing   bool // a goroutine does, and then looks here again
+	alone     bool // the consumer's answers are written one by one
+	writers   sync.WaitGroup
 }
 
 // A responder writes answers to a group.
@@ -59,6 +65,7 @@ type responder interface {
 type permission struct {
 	list    *accessList
 	own     *fileDescriptors
+	fd      int // what the kernel knows it by
 	expires time.Time
 
 	answered error // why there can be no answer any more; nil: it is awaited. Under the lock of own
@@ -67,6 +74,9 @@ type permission struct {
 	waits  *list.Element // in waiting; nil: it has its answer
 	queued *list.Element // in queue; nil: not yet, or delivered
 	held   bool          // counted
+
+	unwritten bool // its answer is among those collected
+	closing   bool // the descriptor is to be closed once it does
 }
 
 var (
@@ -104,7 +114,11 @@ func (p *permission) respond(r Response) error {
 	if err := r.check(p.list.class, p.list.audit); err != nil {
 		return err
 	}
-	if err := p.list.group.respond(p.own.fd, r); err != nil {
+	if r == (Response{Allow: true}) && p.list.collect(p) {
+		p.answered = errAnswered
+		return nil
+	}
+	if err := p.list.group.respond(p.fd, r); err != nil {
 		return r.explain(err)
 	}
 	p.answered = errAnswered
@@ -113,20 +127,29 @@ func (p *permission) respond(r Response) error {
 }
 
 // close gives the default answer if there is none yet, and lets go of the event.
-// The lock of the descriptors is held, which are to be closed.
-func (p *permission) close() {
+// The lock of the descriptors is held, which are to be closed. It tells whether
+// that of the file has to wait, and is closed by somebody else.
+func (p *permission) close() (later bool) {
 	if p.answered == nil {
 		p.list.defaulted.Add(1)
-		p.list.group.respond(p.own.fd, p.list.byDefault)
+		p.list.group.respond(p.fd, p.list.byDefault)
 		p.answered = errEnded
 	}
-	p.list.release(p)
+	return p.list.release(p)
 }
 
-// release takes out an event that the consumer is through with.
-func (l *accessList) release(p *permission) {
+// release takes out an event that the consumer is through with. It tells whether
+// its answer is still to be written; the descriptor is then closed after that.
+func (l *accessList) release(p *permission) (unwritten bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.through(p)
+	p.closing = p.unwritten
+	return p.unwritten
+}
+
+// through does what release does, for the event alone.
+func (l *accessList) through(p *permission) {
 	l.remove(p)
 	if p.held {
 		p.held = false
@@ -161,7 +184,7 @@ func (l *accessList) count(n *int) bool {
 // enter puts an event that was counted on the list. Its descriptor stays open
 // until offer has been called.
 func (l *accessList) enter(e *FileEvent) {
-	p := &permission{list: l, own: e.own, held: true}
+	p := &permission{list: l, own: e.own, fd: e.own.fd, held: true}
 	e.own.asks = p
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -332,7 +355,7 @@ func (l *accessList) answer(asked []*permission, why error) {
 		p.own.mu.Lock()
 		if p.answered == nil {
 			p.answered = why
-			fds = append(fds, p.own.fd)
+			fds = append(fds, p.fd)
 		}
 	}
 	l.defaulted.Add(uint64(len(fds))) // whoever was answered is counted
@@ -351,6 +374,7 @@ func discardAll(events []*FileEvent) {
 // end answers all events, and closes those that were not delivered, after run has
 // ended. What is entered meanwhile is for a second call.
 func (l *accessList) end() {
+	l.writeAlone()
 	for {
 		asked, undelivered := l.take(func(*permission) bool { return true })
 		if len(asked) == 0 {

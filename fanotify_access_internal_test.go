@@ -2,6 +2,7 @@ package kernstream
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -12,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/fanotify"
 )
 
 // A fakeGroup notes the answers that are written, and counts the calls that
@@ -38,6 +41,9 @@ func (g *fakeGroup) respond(fd int, r Response) error {
 }
 
 func (g *fakeGroup) respondAll(fds []int, r Response) {
+	if len(fds) == 0 {
+		return
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.calls++
@@ -278,3 +284,150 @@ func TestAccessDefaultRefused(t *testing.T) {
 type pickyGroup struct{ fakeGroup }
 
 func (g *pickyGroup) respond(int, Response) error { return unix.EINVAL }
+
+// begin lets n events wait, of which the consumer has all.
+func (l *accessLab) begin(n int) []*FileEvent {
+	l.t.Helper()
+	events := make([]*FileEvent, n)
+	for i := range events {
+		events[i] = l.ask(noDescriptors + i)
+		go l.list.offer(events[i])
+		if got := <-l.c; got != events[i] {
+			l.t.Fatalf("event %v", got)
+		}
+	}
+	return events
+}
+
+// TestAccessCollected: what is allowed while others wait is written by a goroutine,
+// with all that is allowed meanwhile; what is denied is written at once, and so is
+// the answer to the only one who waits.
+func TestAccessCollected(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newAccessLab(t, &FileOptions{Deadline: time.Minute, MaxPending: 10})
+		events := l.begin(5)
+		if err := events[0].Deny(0); err != nil || l.group.got(noDescriptors) != "[deny]" {
+			t.Errorf("a denial is not written at once: %v, %s", err, l.group.got(noDescriptors))
+		}
+		before := l.group.calls
+		l.group.mu.Lock() // the goroutine does not get on
+		for _, e := range events[1:3] {
+			if err := e.Allow(); err != nil {
+				t.Fatal(err)
+			}
+			if err := e.Deny(0); !errors.Is(err, unix.EALREADY) {
+				t.Errorf("a second answer: %v", err)
+			}
+		}
+		if l.list.held != 2 {
+			t.Errorf("%d are held", l.list.held)
+		}
+		l.group.mu.Unlock()
+		synctest.Wait()
+		for i := range 2 {
+			if got := l.group.got(noDescriptors + 1 + i); got != "[allow]" {
+				t.Errorf("event %d got %s", 1+i, got)
+			}
+		}
+		if n := l.group.calls - before; n < 1 || n > 2 {
+			t.Errorf("%d calls", n)
+		}
+		l.list.mu.Lock()
+		left := l.list.writing
+		l.list.mu.Unlock()
+		if left {
+			t.Error("somebody writes who has nothing to write")
+		}
+		if err := events[3].Allow(); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		before = l.group.calls
+		if err := events[4].Allow(); err != nil || l.group.calls != before+1 {
+			t.Errorf("the answer to the last is not written at once: %v", err)
+		}
+		for _, e := range events {
+			e.Close()
+		}
+		l.end()
+		if n := l.list.defaulted.Load(); n != 0 || l.list.held != 0 {
+			t.Errorf("%d default answers, %d held", n, l.list.held)
+		}
+	})
+}
+
+// TestAccessCloseBeforeWritten: the descriptor of an event that is closed is open
+// until its answer is written: the kernel knows the event by it. The end of the
+// stream waits for that.
+func TestAccessCloseBeforeWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newAccessLab(t, &FileOptions{Deadline: time.Minute, MaxPending: 10})
+		events := l.begin(2)
+		fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		events[0].own.fd, events[0].own.asks.fd = fd, fd
+		open := func() bool {
+			_, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+			return err == nil
+		}
+		l.group.mu.Lock()
+		if err := errors.Join(events[0].Allow(), events[0].Close(), events[0].Close()); err != nil {
+			t.Fatal(err)
+		}
+		if got := events[0].FD(); got != -1 || !open() {
+			t.Errorf("after Close, before the answer: FD is %d, open is %v", got, open())
+		}
+		l.group.mu.Unlock()
+		l.end()
+		if got := l.group.got(fd); got != "[allow]" || open() {
+			t.Errorf("at the end: %s, open is %v", got, open())
+		}
+		if err := events[1].Allow(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("after the end: %v", err)
+		}
+		events[1].Close()
+	})
+}
+
+// TestAccessSettled: the answers that the consumer is not asked for are written by
+// one call when that is asked for, and when there are 1,024.
+func TestAccessSettled(t *testing.T) {
+	group := &fakeGroup{}
+	list, err := newAccessList(group, 0, &FileOptions{Class: ClassContent})
+	if err != nil {
+		t.Fatal(err)
+	}
+	settle := func(i int) {
+		metadata := make([]byte, 24)
+		binary.NativeEndian.PutUint32(metadata, 24)
+		metadata[4], metadata[6] = 3, 24
+		binary.NativeEndian.PutUint64(metadata[8:], unix.FAN_OPEN_PERM)
+		binary.NativeEndian.PutUint32(metadata[16:], uint32(noDescriptors+i))
+		raw, _, err := fanotify.Next(metadata)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list.settle(raw, i%2 == 0)
+	}
+	for i := range answersAtOnce {
+		if group.calls != 0 {
+			t.Fatalf("%d calls after %d", group.calls, i)
+		}
+		settle(i)
+	}
+	settle(answersAtOnce)
+	if group.calls != 2 { // for each of the answers
+		t.Errorf("%d calls", group.calls)
+	}
+	list.writeCollected()
+	for i := range answersAtOnce + 1 {
+		if got, want := group.got(noDescriptors+i), []string{"[allow]", "[deny]"}[i%2]; got != want {
+			t.Fatalf("event %d got %s", i, got)
+		}
+	}
+	if n := list.defaulted.Load(); n != answersAtOnce/2 {
+		t.Errorf("%d default answers", n)
+	}
+}

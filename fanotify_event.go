@@ -230,8 +230,8 @@ func (e *FileEvent) Close() error {
 	}
 	e.own.mu.Lock()
 	defer e.own.mu.Unlock()
-	if e.own.asks != nil {
-		e.own.asks.close()
+	if e.own.asks != nil && e.own.asks.close() {
+		e.own.fd = -1
 	}
 	if e.own.file != nil {
 		e.own.file.Close()

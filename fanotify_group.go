@@ -107,12 +107,18 @@ func (g *fileGroup) batch() int {
 	return atMost(128) * g.eventSize()
 }
 
-// eventSize is what an event with a descriptor takes.
-func (g *fileGroup) eventSize() int {
+// leastSize is what an event with a descriptor takes at least.
+func (g *fileGroup) leastSize() int {
 	size := 24
 	if g.flags&unix.FAN_REPORT_PIDFD != 0 {
 		size += 8
 	}
+	return size
+}
+
+// eventSize is what an event with a descriptor takes at most.
+func (g *fileGroup) eventSize() int {
+	size := g.leastSize()
 	if g.flags&unix.FAN_CLASS_PRE_CONTENT != 0 && g.flags&unix.FAN_REPORT_FD_ERROR != 0 {
 		size += 24 // the range, for which the kernel is new enough
 	}
@@ -304,13 +310,17 @@ func (r *fileReader) discard(b []byte) {
 }
 
 func discardEvent(e fanotify.Event) {
+	discardProcess(e)
+	if e.FD() >= 0 {
+		unix.Close(e.FD())
+	}
+}
+
+func discardProcess(e fanotify.Event) {
 	var info fanotify.Info
 	e.Decode(&info)
 	if info.PidFD >= 0 {
 		unix.Close(int(info.PidFD))
-	}
-	if e.FD() >= 0 {
-		unix.Close(e.FD())
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -15,9 +16,8 @@ import (
 // Reading a group whose events wait for an answer.
 //
 // Whoever opens a file with such a mark stands still until somebody has read the
-// event and answered. So the reader waits for nobody: neither for the consumer
-// (see accessList), nor for a file system, whose server may be one of those that
-// stand still.
+// event and answered. So who reads waits for nobody: neither for the consumer (see
+// accessList), nor for a file system (see permissionReaders).
 
 // askers counts the watchers of this process with such events. It is locked for
 // reading while the process forks.
@@ -107,118 +107,85 @@ type permissionReader struct {
 	access *accessList
 	pid    int // of this process
 
-	buf  []byte
-	step int // how much to read at once
-
-	// What becomes of the events that were read.
-	batch   []*FileEvent // they are the consumer's
-	allowed []fanotify.Event
-	refused []fanotify.Event // they get the default answer
+	buf   []byte       // has room for one event
+	most  int          // with less, there is no room for two
+	since atomic.Int64 // when the read began that is under way, from the start of all; 0: none is
 }
 
 func newPermissionReader(group *fileGroup, paths *pathCache, access *accessList) *permissionReader {
-	r := &permissionReader{access: access, pid: os.Getpid(), buf: make([]byte, atMost(answersAtOnce)*group.eventSize())}
+	r := &permissionReader{access: access, pid: os.Getpid(), buf: make([]byte, group.eventSize())}
+	r.most = min(len(r.buf), 2*group.leastSize()-1)
 	r.fileReader = fileReader{group: group, paths: paths, send: func(e *FileEvent) bool { access.offer(e); return true }}
-	r.step = len(r.buf)
-	if group.flags&unix.FAN_REPORT_FD_ERROR == 0 {
-		// Where the kernel does not tell of a descriptor that it could not make,
-		// it does at least for the first event of a read.
-		r.step = group.eventSize()
-	}
 	return r
 }
 
-// run reads until ctx is done, or the group cannot be read any more.
-func (r *permissionReader) run(ctx context.Context) error {
-	release := r.group.file.CancelOn(ctx)
-	defer release()
-	defer r.paths.close()
-	n := 0
-	wait := r.group.file.Waiter(func(fd int) (done bool, err error) {
-		n, err = r.readNow(fd)
-		return n > 0 || err != nil, err
-	})
-	for {
-		n = 0
-		err := wait()
-		r.when = time.Now()
-		if ctx.Err() != nil {
-			r.turnAway(r.buf[:n])
-			return ctx.Err()
-		}
-		if derr := r.deliver(r.buf[:n]); derr != nil {
-			return derr
-		}
-		if err != nil {
-			if err = r.lost(err); err != nil {
-				return err
-			}
-		}
+// next reads an event and delivers it. It tells whether there may be more.
+//
+// It reads no more than one: if the file system of a further one held up the read,
+// this one would wait, too.
+func (r *permissionReader) next(ctx context.Context, fd int) (more bool, err error) {
+	n, err := r.readNow(fd)
+	r.since.Store(0)
+	if n == 0 && err == nil {
+		r.access.writeCollected()
+		return false, nil
 	}
+	r.when = time.Now()
+	switch {
+	case ctx.Err() != nil:
+		r.turnAway(r.buf[:n])
+		return false, ctx.Err()
+	case err != nil:
+		return true, r.lost(err)
+	}
+	return true, r.deliver(r.buf[:n])
 }
 
-// readNow reads what is there, as far as there is room for it. An error comes
-// after the n bytes that were read before.
+// readNow reads an event, if there is one.
 func (r *permissionReader) readNow(fd int) (n int, err error) {
-	for n+r.step <= len(r.buf) {
-		k, err := unix.Read(fd, r.buf[n:n+r.step])
-		n += max(k, 0)
-		switch {
+	for size := r.most; ; {
+		switch n, err = unix.Read(fd, r.buf[:size]); {
+		case err == nil:
+			return n, nil
 		case err == unix.EAGAIN:
-			return n, nil
-		case err != nil && err != unix.EINTR:
-			return n, os.NewSyscallError("read", err)
-		case r.step == len(r.buf) && err == nil:
-			return n, nil
+			return 0, nil
+		case err == unix.EINVAL && size < len(r.buf):
+			size = len(r.buf) // this one needs it
+		case err != unix.EINTR:
+			return 0, os.NewSyscallError("read", err)
 		}
 	}
-	return n, nil
 }
 
-// deliver answers what is not the consumer's business, and hands on the other
-// events in b.
+// deliver lets the events in b be answered that are not the consumer's business,
+// and hands on the others.
 func (r *permissionReader) deliver(b []byte) error {
-	r.batch, r.allowed, r.refused = r.batch[:0], r.allowed[:0], r.refused[:0]
-	var err error
-	for len(b) > 0 && err == nil {
-		var raw fanotify.Event
-		if raw, b, err = fanotify.Next(b); err == nil {
-			r.sort(raw)
+	for len(b) > 0 {
+		raw, rest, err := fanotify.Next(b)
+		if err != nil {
+			return fileError("read", "fanotify", err)
 		}
-	}
-	r.answer(r.allowed, Response{Allow: true})
-	r.access.defaulted.Add(uint64(len(r.refused)))
-	r.answer(r.refused, r.access.byDefault)
-	if len(r.batch) > 0 {
-		r.paths.begin()
-	}
-	for _, e := range r.batch {
-		r.complete(e)
-		r.access.offer(e)
-	}
-	clear(r.batch)
-	if err != nil {
-		return fileError("read", "fanotify", err)
+		b = rest
+		switch asks := asks(raw); {
+		case asks && r.own(raw.PID()):
+			r.access.settle(raw, true)
+		case asks && !r.access.hold():
+			r.access.settle(raw, false)
+		default:
+			e := r.newEvent(raw)
+			if asks {
+				r.access.enter(e)
+			}
+			r.paths.begin()
+			r.complete(e)
+			r.access.offer(e)
+		}
 	}
 	return nil
 }
 
-// sort decides what becomes of an event.
-func (r *permissionReader) sort(raw fanotify.Event) {
-	asks := FileOp(raw.Mask())&opPermission != 0 && raw.FD() >= 0
-	switch {
-	case asks && r.own(raw.PID()):
-		r.allowed = append(r.allowed, raw)
-	case asks && !r.access.hold():
-		r.refused = append(r.refused, raw)
-	default:
-		e := r.newEvent(raw)
-		if asks {
-			r.access.enter(e)
-		}
-		r.batch = append(r.batch, e)
-	}
-}
+// asks tells whether an event is a question that can be answered.
+func asks(raw fanotify.Event) bool { return FileOp(raw.Mask())&opPermission != 0 && raw.FD() >= 0 }
 
 // newEvent makes an event of what the kernel wrote, without its path.
 func (r *permissionReader) newEvent(raw fanotify.Event) *FileEvent {
@@ -273,46 +240,25 @@ func (r *permissionReader) own(id int) bool {
 	return id > 0 && unix.Tgkill(r.pid, id, 0) == nil
 }
 
-// answer answers events that nobody gets, and closes their descriptors.
-func (r *permissionReader) answer(events []fanotify.Event, response Response) {
-	if len(events) == 0 {
-		return
-	}
-	fds := make([]int, len(events))
-	for i, raw := range events {
-		fds[i] = raw.FD()
-	}
-	r.group.respondAll(fds, response)
-	for _, raw := range events {
-		discardEvent(raw)
-	}
-}
-
-// turnAway gives all permission events in b the default answer.
+// turnAway lets all questions in b have the default answer.
 func (r *permissionReader) turnAway(b []byte) {
-	r.allowed, r.refused = r.allowed[:0], r.refused[:0]
 	for len(b) > 0 {
 		raw, rest, err := fanotify.Next(b)
 		if err != nil {
-			break
+			return
 		}
 		b = rest
-		switch asks := FileOp(raw.Mask())&opPermission != 0 && raw.FD() >= 0; {
-		case !asks:
+		if asks(raw) {
+			r.access.settle(raw, r.own(raw.PID()))
+		} else {
 			discardEvent(raw)
-		case r.own(raw.PID()):
-			r.allowed = append(r.allowed, raw)
-		default:
-			r.refused = append(r.refused, raw)
 		}
 	}
-	r.answer(r.allowed, Response{Allow: true})
-	r.access.defaulted.Add(uint64(len(r.refused)))
-	r.answer(r.refused, r.access.byDefault)
 }
 
 // drain gives the default answer to all that is in the queue of the group.
 func (r *permissionReader) drain() {
+	defer r.access.writeCollected()
 	for {
 		n, err := 0, error(nil)
 		if cerr := r.group.file.Control(func(fd int) { n, err = r.readNow(fd) }); cerr != nil {
@@ -323,34 +269,4 @@ func (r *permissionReader) drain() {
 			return
 		}
 	}
-}
-
-// startAsking begins to read the group, and to deliver what is read.
-func (w *fileWatch) startAsking(g *fileGroup) {
-	ctx := w.ctx
-	w.access.start(ctx, w.c)
-	r := newPermissionReader(g, newPathCache(w.systems), w.access)
-	w.readers.Go(func() {
-		if err := r.run(ctx); isOpError(err) {
-			w.failed <- err
-		}
-	})
-}
-
-// endAsking answers all who wait, in the order in which nobody gets around the
-// default answer: what is asked about after the marks are gone was let pass by
-// the kernel anyway, and what is in the queue when the group is closed would be
-// let pass. It does not wait for the reader, which may wait for a file system.
-func (w *fileWatch) endAsking() {
-	group := w.groups[ViaDescriptor]
-	if w.access == nil || group == nil {
-		return
-	}
-	w.access.stopped()
-	for _, t := range []MarkType{MarkInode, MarkMount, MarkFilesystem} {
-		group.flush(t)
-	}
-	w.access.end() // first, since a file system may hold up the next step
-	newPermissionReader(group, nil, w.access).drain()
-	w.access.end()
 }

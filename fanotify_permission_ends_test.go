@@ -112,39 +112,140 @@ func TestPermissionFailedStart(t *testing.T) {
 	storm.Wait()
 }
 
+// hangingOpens are three opens of files whose file system does not answer the
+// kernel's own opens, as the events are read.
+type hangingOpens struct {
+	t       *testing.T
+	o       *openers
+	dir     string
+	results []<-chan opened
+	abort   func() // the file system answers all, by an error
+}
+
+func newHangingOpens(t *testing.T) *hangingOpens {
+	t.Helper()
+	dir := fuseDir(t, "open hangs")
+	return &hangingOpens{t: t, o: newOpeners(t), dir: dir, abort: sync.OnceFunc(func() { abortFUSE(t, dir) })}
+}
+
+// interleave begins an open of path, then one that hangs, and so on, and ends with
+// one of path.
+func (h *hangingOpens) interleave(path string, before int) (good []<-chan opened) {
+	h.t.Helper()
+	for i := range 7 {
+		if i%2 == 0 {
+			good = append(good, h.o.begin("open", path))
+		} else {
+			h.results = append(h.results, h.o.begin("open", h.dir+"/f"))
+		}
+		h.o.waiting(before + i + 1) // so they are in the queue in this order
+	}
+	return good
+}
+
 // TestPermissionFileSystemHangs: the kernel opens the file of an event as that is
-// read. If the file system does not answer, the end of the stream answers all
-// others, and only its C is closed when the file system is through.
+// read. If the file systems of some do not answer, the end of the stream answers
+// all others, and only its C is closed when the file system is through.
 func TestPermissionFileSystemHangs(t *testing.T) {
 	needMarks(t)
-	hung := fuseDir(t, "open hangs")
-	o := newOpeners(t)
+	h := newHangingOpens(t)
 	l := &fileLab{t: t, dir: labDir(t)}
 	l.ensure("f")
 	w, err := kernstream.WatchFiles(t.Context(), contentOptions(deny),
-		kernstream.Mark{Path: l.path("f"), Ops: openPerm}, kernstream.Mark{Type: kernstream.MarkMount, Path: hung, Ops: openPerm})
+		kernstream.Mark{Path: l.path("f"), Ops: openPerm}, kernstream.Mark{Type: kernstream.MarkMount, Path: h.dir, Ops: openPerm})
 	l.do(err)
-	held := o.begin("open", l.path("f"))
+	defer h.abort()
+	held := h.o.begin("open", l.path("f"))
 	e := receiveFile(t, w)
-	hangs := o.begin("open", hung+"/f")
-	awaitWaiting(t, hung)
-	unread := o.begin("open", l.path("f"))
-	o.waiting(3)
+	good := h.interleave(l.path("f"), 1)
 	closed := make(chan struct{})
 	go func() {
 		w.Close()
 		close(closed)
 	}()
-	o.want(held, unix.EPERM)
-	o.want(unread, unix.EPERM)
+	h.o.want(held, unix.EPERM)
+	for _, result := range good {
+		h.o.want(result, unix.EPERM)
+	}
 	l.do(e.Close())
-	abortFUSE(t, hung)
-	o.end(hangs)
+	h.abort()
+	for _, result := range h.results {
+		h.o.end(result)
+	}
 	select {
 	case <-closed:
 	case <-time.After(patience):
 		t.Error("Close does not return")
 	}
+}
+
+// TestPermissionReadsOn: while file systems do not answer the kernel's opens, all
+// that is asked about other files is judged: what is in the queue before, between
+// and after, and what comes later. When they are through, so are those who asked
+// about them, and one reads as before.
+func TestPermissionReadsOn(t *testing.T) {
+	needMarks(t)
+	for _, options := range []*kernstream.FileOptions{contentOptions(deny), preContentOptions(deny)} {
+		h := newHangingOpens(t)
+		testenv.NoLeaks(t)
+		l := &fileLab{t: t, dir: labDir(t)}
+		l.ensure("f")
+		before := countGroups(t)
+		w, err := kernstream.WatchFiles(t.Context(), options,
+			kernstream.Mark{Path: l.path("f"), Ops: openPerm}, kernstream.Mark{Type: kernstream.MarkMount, Path: h.dir, Ops: openPerm})
+		l.do(err)
+		defer w.Close()
+		defer h.abort()
+		allowNext := func() {
+			e := receiveFile(t, w)
+			if e.Path != l.path("f") {
+				t.Errorf("event %v", e)
+			}
+			l.do(errors.Join(e.Allow(), e.Close()))
+		}
+		good := h.interleave(l.path("f"), 0)
+		for range good {
+			allowNext()
+		}
+		for _, result := range good {
+			h.o.want(result, 0)
+		}
+		later := h.o.begin("open", l.path("f"))
+		allowNext()
+		h.o.want(later, 0)
+		h.abort()
+		for range h.results {
+			receiveFile(t, w).Close()
+		}
+		for _, result := range h.results {
+			h.o.end(result)
+		}
+		later = h.o.begin("open", l.path("f"))
+		allowNext()
+		h.o.want(later, 0)
+		// The group's own, and that of who reads.
+		for begin := time.Now(); countGroups(t) > before+2; time.Sleep(time.Millisecond) {
+			if time.Since(begin) > patience {
+				t.Fatal("more than one reads")
+			}
+		}
+		l.do(w.Close())
+	}
+}
+
+// countGroups counts the descriptors of fanotify groups that this process has.
+func countGroups(t *testing.T) (n int) {
+	t.Helper()
+	links, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, link := range links {
+		if target, err := os.Readlink("/proc/self/fd/" + link.Name()); err == nil && target == "anon_inode:[fanotify]" {
+			n++
+		}
+	}
+	return n
 }
 
 // fuseConnection is the directory of a FUSE mount in fusectl, which is mounted
@@ -159,27 +260,6 @@ func fuseConnection(t testing.TB, dir string) string {
 	mount(t, "none", control, "fusectl", 0, "")
 	t.Cleanup(func() { unix.Unmount(control, unix.MNT_DETACH) })
 	return filepath.Join(control, fmt.Sprint(unix.Minor(uint64(st.Dev))))
-}
-
-// awaitWaiting waits until a request to a FUSE server waits for its answer, and not
-// just for a moment.
-func awaitWaiting(t testing.TB, dir string) {
-	t.Helper()
-	name := filepath.Join(fuseConnection(t, dir), "waiting")
-	seen := 0
-	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-		text, err := os.ReadFile(name)
-		seen++
-		if err != nil || strings.TrimSpace(string(text)) == "0" {
-			seen = 0
-		}
-		if seen == 30 {
-			return
-		}
-		if time.Since(begin) > patience {
-			t.Fatalf("%s: %q, %v", name, text, err)
-		}
-	}
 }
 
 // abortFUSE ends all requests to a FUSE server.

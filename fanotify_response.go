@@ -160,7 +160,10 @@ func (e *FileEvent) Deny(errno syscall.Errno) error { return e.Respond(Response{
 // errors.ErrUnsupported.
 //
 // Each answer wakes all who wait for one of this watcher (the kernel has one
-// queue for them): with a thousand waiting operations it costs milliseconds.
+// queue for them): with a thousand waiting operations it costs milliseconds. So a
+// Response that allows, and does nothing else, is written by another goroutine if
+// others wait, together with those that follow; Close may come before that. All
+// others are written when Respond returns.
 func (e *FileEvent) Respond(r Response) error {
 	if e.question() == nil {
 		return e.failed("respond", fmt.Errorf("the event does not ask: %w", errors.ErrUnsupported))

@@ -29,6 +29,7 @@ type fileWatch struct {
 
 	blocking bool        // an adopted group was, when it came
 	access   *accessList // nil: no event waits for an answer
+	asked    *permissionReaders
 
 	mu     sync.Mutex
 	closed bool
@@ -112,6 +113,7 @@ func (w *fileWatch) begin(marks []Mark) (err error) {
 		if w.access, err = newAccessList(g, g.flags, &w.options); err != nil {
 			return err
 		}
+		w.asked = &permissionReaders{group: g, systems: w.systems, access: w.access, running: &w.readers, failed: w.failed}
 	}
 	if w.options.Group != nil {
 		return w.adoptMarks(g)
@@ -178,7 +180,8 @@ func (w *fileWatch) start(g *fileGroup) {
 	}
 	ctx, c := w.ctx, w.c
 	if w.access != nil {
-		w.startAsking(g)
+		w.access.start(ctx, c)
+		w.asked.start(ctx)
 		return
 	}
 	r := &fileReader{group: g, drain: w.drain, paths: newPathCache(w.systems), send: func(e *FileEvent) bool { return offer(ctx, c, e) }}
@@ -190,6 +193,23 @@ func (w *fileWatch) start(g *fileGroup) {
 			w.cut.Store(true)
 		}
 	})
+}
+
+// endAsking answers all who wait, in the order in which nobody gets around the
+// default answer: what is asked about after the marks are gone was let pass by
+// the kernel anyway, and what is in the queue when the group is closed would be
+// let pass. It does not wait for a reader, which may wait for a file system.
+func (w *fileWatch) endAsking() {
+	if w.access == nil {
+		return
+	}
+	w.access.stopped()
+	for _, t := range []MarkType{MarkInode, MarkMount, MarkFilesystem} {
+		w.asked.group.flush(t)
+	}
+	w.access.end() // first, since a file system may hold up the next step
+	w.asked.end()
+	w.access.end()
 }
 
 // close lets go of everything.

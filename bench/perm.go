@@ -121,11 +121,9 @@ func judgeAll(b *bench, cpu int, names []string, measure func(path string) (floa
 		}
 		defer judge.close()
 		if name == "inside" {
-			held, err := holdOne(b.ctx, judge, path)
-			if err != nil {
+			if err := holdOne(b.ctx, judge, path); err != nil {
 				return nil, err
 			}
-			defer held.close()
 		}
 		contenders = append(contenders, contender{name, func(s *sampler) error {
 			value, err := measure(path)
@@ -136,18 +134,19 @@ func judgeAll(b *bench, cpu int, names []string, measure func(path string) (floa
 	return b.interleave(1, contenders...)
 }
 
-// holdOne lets another process wait for an answer of the judge that never comes.
-func holdOne(ctx context.Context, judge *actor, path string) (*actor, error) {
-	held, err := startPermProcess(ctx, "opener", -1, "")
+// holdOne lets the judge hold an event, which it never answers. Who asked does not
+// wait for that: each answer would wake him.
+func holdOne(ctx context.Context, judge *actor, path string) error {
+	asker, err := startPermProcess(ctx, "opener", -1, "")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if _, err := fmt.Fprintln(held.in, "trips 1", path); err != nil {
-		held.close()
-		return nil, err
+	defer asker.close()
+	if _, err := fmt.Fprintln(asker.in, "trips 1", path); err != nil {
+		return err
 	}
 	_, err = judge.do("holding")
-	return held, err
+	return err
 }
 
 // permVar is set in openers and judges: to what they are, their CPU and the
