@@ -84,7 +84,9 @@ func (l *accessList) writeCollected() {
 	batch := l.collected
 	l.collected = nil
 	l.mu.Unlock()
-	l.send(batch)
+	if len(batch) > 0 {
+		l.send(batch)
+	}
 }
 
 // send writes answers, all that are the same by one call, and closes the
