@@ -393,3 +393,36 @@ func TestDescriptorsBounded(t *testing.T) {
 		a.Close()
 	}
 }
+
+// TestDeadMounts: a FUSE file system whose server is gone is in nobody's way, but cannot be
+// recorded itself.
+func TestDeadMounts(t *testing.T) {
+	needRecorder(t)
+	dir := tmpfs(t)
+	writeFile(t, dir+"/file")
+	dead := dir + "/dead"
+	do(t, os.Mkdir(dead, 0o755))
+	device, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		testenv.Missing(t, "needs to open /dev/fuse", err)
+	}
+	do(t, unix.Mount("dead", dead, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,default_permissions", device)))
+	do(t, unix.Close(device))
+
+	cmd := testenv.Child(t, opener, dir+"/file")
+	r := record(t, recorder.Command(cmd), nil)
+	_, list := finish(t, r)
+	do(t, cmd.Wait())
+	wantComplete(t, list)
+	wantPaths(t, list, dir, "file")
+
+	r = record(t, recorder.Directory(dir), nil)
+	newHelper(t, opener, dir+"/file").start().end()
+	do(t, r.Close())
+	_, list = finish(t, r)
+	wantComplete(t, list)
+	wantPaths(t, list, "", "file")
+
+	_, err = recorder.Record(t.Context(), recorder.Directory(dead), nil)
+	wantOpError(t, err, unix.ENOTCONN, dead)
+}

@@ -9,6 +9,8 @@ import (
 	"math/bits"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kernstream/kernstream"
 )
 
@@ -236,6 +238,12 @@ func (o *Options) watch(ctx context.Context, marks []kernstream.Mark) (*kernstre
 			options.UnlimitedQueue = false
 			continue
 		}
+		if errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) {
+			if alive := withoutDead(marks); len(alive) < len(marks) {
+				marks = alive
+				continue
+			}
+		}
 		if err != nil || options.Descriptors {
 			return w, err
 		}
@@ -246,6 +254,18 @@ func (o *Options) watch(ctx context.Context, marks []kernstream.Mark) (*kernstre
 		w.Close()
 		options.Descriptors = true
 	}
+}
+
+// withoutDead leaves out the marks, but for the first one, of FUSE file systems
+// whose server is gone: the kernel refuses them, and nobody opens a file there.
+func withoutDead(marks []kernstream.Mark) (alive []kernstream.Mark) {
+	for i, m := range marks {
+		var st unix.Statfs_t
+		if i == 0 || unix.Fstatfs(int(m.Dir.Fd()), &st) != unix.ENOTCONN {
+			alive = append(alive, m)
+		}
+	}
+	return alive
 }
 
 // produce is the life of a recording's stream.

@@ -176,10 +176,10 @@ func openDirectory(root int, o *Options) (_ *place, err error) {
 // the mount table of the thread or process proc has. below turns a mount point of that table
 // into a path below root.
 func (p *place) fill(root, proc int, one bool, below func(point string) (string, bool)) error {
-	dir := os.NewFile(uintptr(root), "root")
+	base, err := pathOf(root)
+	dir := os.NewFile(uintptr(root), base)
 	p.files = append(p.files, dir)
 	p.marks = append(p.marks, kernstream.Mark{Type: kernstream.MarkMount, Dir: dir})
-	base, err := pathOf(root)
 	if err != nil || one {
 		p.base = base
 		return err
