@@ -93,6 +93,9 @@ func newSoak(t *testing.T) *soak {
 	if requests := newRequests(t); requests != nil {
 		s.parts = append(s.parts, requests)
 	}
+	if records := newRecords(t); records != nil {
+		s.parts = append(s.parts, records)
+	}
 	s.told = make([]atomic.Int64, len(s.parts))
 	return s
 }
