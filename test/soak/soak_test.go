@@ -93,6 +93,9 @@ func newSoak(t *testing.T) *soak {
 	if requests := newRequests(t); requests != nil {
 		s.parts = append(s.parts, requests)
 	}
+	if permissions := newPermissions(t); permissions != nil {
+		s.parts = append(s.parts, permissions)
+	}
 	if records := newRecords(t); records != nil {
 		s.parts = append(s.parts, records)
 	}
