@@ -7,6 +7,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -44,10 +45,10 @@ type permissions struct {
 type permissionCase struct {
 	path   string
 	rule   string
-	gap    bool   // there may have been no watcher meanwhile
+	gap    bool   // the watcher may have been replaced meanwhile: none was asked, or both
 	over   bool   // it returned,
 	passed bool   // with the file
-	gave   string // what the judge says that it gave; empty: nothing yet
+	gave   string // what the judge says that it gave, each answer followed by a space
 }
 
 // A judgment is what a judge tells.
@@ -207,12 +208,10 @@ func (p *permissions) gave(number int, gave string) error {
 	switch {
 	case c == nil:
 		return errors.New("nobody asked")
-	case c.gave != "":
-		return fmt.Errorf("it had given %s already", c.gave)
 	case gave == gaveAllow && (c.rule == ruleDeny || c.rule == ruleClosed), gave == gaveDeny && c.rule != ruleDeny && c.rule != ruleTwice:
 		return errors.New("this is not the rule")
 	}
-	c.gave = gave
+	c.gave += gave + " "
 	return nil
 }
 
@@ -226,7 +225,7 @@ func (p *permissions) settle(defaulted uint64) (err error) {
 		}
 		delete(p.cases, number)
 		err = errors.Join(err, c.check(), unix.Unlink(c.path))
-		if !c.passed && c.gave != gaveDeny {
+		if !c.passed && !c.denied() {
 			p.defaulted++
 		}
 	}
@@ -238,12 +237,18 @@ func (p *permissions) settle(defaulted uint64) (err error) {
 
 // check says if an opener did not get what it should.
 func (c *permissionCase) check() error {
+	refused := strings.Contains(c.gave, gaveDeny) || strings.Contains(c.gave, gaveDefault)
+	allowed := strings.Contains(c.gave, gaveAllow)
 	switch {
-	case c.gave == gaveAllow && c.passed, c.gave != gaveAllow && !c.passed, c.gave == "" && c.gap:
+	case c.passed && refused, strings.Count(c.gave, " ") > 1 && !c.gap:
+	case c.gap, c.passed == allowed:
 		return nil
 	}
-	return fmt.Errorf("%s: opened: %v; the judge gave %q", c.path, c.passed, c.gave)
+	return fmt.Errorf("%s: opened: %v; the judge gave %q, another watcher: %v", c.path, c.passed, c.gave, c.gap)
 }
+
+// denied tells whether an answer of the consumer's was not to open the file.
+func (c *permissionCase) denied() bool { return strings.Contains(c.gave, gaveDeny) }
 
 // open counts the opens that are not settled. When all are over, the judge is asked.
 func (p *permissions) open() (n int, example string) {

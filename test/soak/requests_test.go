@@ -68,23 +68,30 @@ func (p *requests) workers() int { return 2 }
 
 func (p *requests) act(ctx context.Context, random *rand.Rand) error {
 	for ctx.Err() == nil {
-		name := fmt.Sprint("q", p.count.Add(1))
-		c := &call{}
-		p.mu.Lock()
-		p.calls[name] = c
-		p.mu.Unlock()
-		var st unix.Stat_t
-		err := unix.Stat(p.dir+"/"+name, &st)
-		p.mu.Lock()
-		asked, took := c.asked, time.Since(c.answered)
-		delete(p.calls, name)
-		p.mu.Unlock()
-		if err != unix.ENOENT || asked != 1 || took > *late {
-			return fmt.Errorf("%s: %v, asked for %d times, %v after the answer", name, err, asked, took)
+		if err := p.lookUp(); err != nil {
+			return err
 		}
 		if random.IntN(10) == 0 {
 			time.Sleep(time.Duration(random.IntN(1000)) * time.Microsecond)
 		}
+	}
+	return nil
+}
+
+// lookUp looks up another name.
+func (p *requests) lookUp() error {
+	name := fmt.Sprint("q", p.count.Add(1))
+	c := &call{}
+	p.mu.Lock()
+	p.calls[name] = c
+	p.mu.Unlock()
+	var st unix.Stat_t
+	err := unix.Stat(p.dir+"/"+name, &st)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.calls, name)
+	if took := time.Since(c.answered); err != unix.ENOENT || c.asked != 1 || took > *late {
+		return fmt.Errorf("%s: %v, asked for %d times, %v after the answer", name, err, c.asked, took)
 	}
 	return nil
 }
@@ -153,8 +160,13 @@ func (p *requests) take(e kernstream.Event) (mine bool, things int, err error) {
 	if !ok {
 		return false, 0, nil
 	}
+	return true, 1, p.receive(r)
+}
+
+// receive writes a request down, and answers it.
+func (p *requests) receive(r *fuse.Request) (err error) {
 	if r.Header.Opcode != fuse.OpLookup {
-		return true, 1, serve(r)
+		return serve(r)
 	}
 	name := strings.TrimRight(string(r.Body), "\x00")
 	p.mu.Lock()
@@ -170,9 +182,9 @@ func (p *requests) take(e kernstream.Event) (mine bool, things int, err error) {
 			time.Sleep(time.Millisecond)
 			serve(r)
 		}()
-		return true, 1, err
+		return err
 	}
-	return true, 1, errors.Join(err, serve(r))
+	return errors.Join(err, serve(r))
 }
 
 func (p *requests) open() (n int, example string) {

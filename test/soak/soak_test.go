@@ -91,7 +91,7 @@ func newSoak(t *testing.T) *soak {
 		s.parts = append(s.parts, newMounts(t, kernstream.ViaFanotify))
 	}
 	if requests := newRequests(t); requests != nil {
-		s.parts = append(s.parts, requests)
+		s.parts = append(s.parts, requests, newHandovers(t))
 	}
 	if permissions := newPermissions(t); permissions != nil {
 		s.parts = append(s.parts, permissions)
