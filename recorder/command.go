@@ -2,6 +2,7 @@ package recorder
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -75,7 +76,11 @@ func (t commandTarget) open(ctx context.Context, o *Options) (*place, error) {
 	if err := <-r.ready; err != nil {
 		watcher.Close()
 		p.close()
-		return nil, asRecordError("unshare", t.String(), err)
+		op := "unshare"
+		if call, ok := errors.AsType[*os.SyscallError](err); ok {
+			op = call.Syscall
+		}
+		return nil, asRecordError(op, t.String(), err)
 	}
 	p.abandon = sync.OnceFunc(func() {
 		r.begin <- false

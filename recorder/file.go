@@ -153,6 +153,11 @@ func linkFile(dir, f *os.File) (name string, err error) {
 	for range 100 {
 		name = temporaryName(dir)
 		err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), unix.AT_FDCWD, name, unix.AT_SYMLINK_FOLLOW)
+		if err == unix.ENOENT {
+			// There is no /proc. This way is open to CAP_DAC_READ_SEARCH, and since
+			// Linux 6.10 to whoever has opened the file.
+			err = unix.Linkat(int(f.Fd()), "", unix.AT_FDCWD, name, unix.AT_EMPTY_PATH)
+		}
 		if err == nil {
 			return name, nil
 		}

@@ -114,13 +114,21 @@ func (t Container) open(ctx context.Context, o *Options) (_ *place, err error) {
 // gone is the error of a process that cannot be looked at: it may have ended.
 func (t Container) gone(op, object string, err error) error {
 	call := os.NewSyscallError(op, err)
-	switch err {
-	case unix.ENOENT, unix.ESRCH:
+	switch {
+	case err == unix.ENOENT && !hasProc():
+		call = fmt.Errorf("%w: is /proc mounted?", call)
+	case err == unix.ENOENT || err == unix.ESRCH:
 		call = fmt.Errorf("%w: %w", call, os.ErrProcessDone)
-	case unix.EACCES, unix.EPERM:
+	case err == unix.EACCES || err == unix.EPERM:
 		call = fmt.Errorf("%w: it needs CAP_SYS_PTRACE, or to be the same user", call)
 	}
 	return recordError(op, object, call)
+}
+
+// hasProc tells whether there is a /proc.
+func hasProc() bool {
+	_, err := os.Lstat("/proc/self")
+	return err == nil
 }
 
 // after returns a channel that is closed when a stream of one process has told its end.
@@ -156,7 +164,7 @@ func openDirectory(root int, o *Options) (_ *place, err error) {
 	proc, err := unix.Open("/proc/thread-self", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		unix.Close(root)
-		return nil, recordError("open", "/proc/thread-self", os.NewSyscallError("open", err))
+		return nil, recordError("open", "/proc/thread-self", fmt.Errorf("%w: is /proc mounted?", os.NewSyscallError("open", err)))
 	}
 	defer unix.Close(proc)
 	base, err := pathOf(root)

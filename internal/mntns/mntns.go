@@ -9,6 +9,7 @@ package mntns
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"runtime"
 
@@ -84,6 +85,9 @@ func onOwnThread(f func()) {
 
 func within(use func(proc int) error, enter func() error) error {
 	proc, err := unix.Open("/proc/thread-self", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err == unix.ENOENT {
+		return fmt.Errorf("%w: is /proc mounted?", os.NewSyscallError("open", err))
+	}
 	if err != nil {
 		return os.NewSyscallError("open", err)
 	}

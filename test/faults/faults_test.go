@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/fuse"
 	"github.com/kernstream/kernstream/internal/testenv"
 )
 
@@ -50,7 +52,7 @@ func (f *fault) name() string { return f.source + "/" + f.doing + "/" + f.fault 
 
 // all are all faults.
 func all() []fault {
-	return slices.Concat(mountFaults(), processFaults(), fileFaults(), fuseFaults())
+	return slices.Concat(mountFaults(), processFaults(), fileFaults(), permissionFaults(), fuseFaults(), handoverFaults(), recordFaults())
 }
 
 // TestFaults: whatever goes wrong, the outcome is the one in the table, nothing
@@ -188,6 +190,10 @@ func failure(err error) string {
 		{fs.ErrPermission, "fs.ErrPermission"},
 		{fs.ErrNotExist, "fs.ErrNotExist"},
 		{os.ErrProcessDone, "os.ErrProcessDone"},
+		{os.ErrClosed, "os.ErrClosed"},
+		{io.ErrUnexpectedEOF, "io.ErrUnexpectedEOF"},
+		{fuse.ErrAborted, "fuse.ErrAborted"},
+		{fuse.ErrUnmounted, "fuse.ErrUnmounted"},
 		{exec.ErrNotFound, "exec.ErrNotFound"},
 	} {
 		if errors.Is(err, sentinel.err) {

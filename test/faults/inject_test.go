@@ -3,6 +3,7 @@ package faults
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 	"syscall"
 
@@ -28,6 +29,18 @@ func refused(errno syscall.Errno, calls ...int) func(*lab) {
 func refusedIoctl(errno syscall.Errno, request uint32) func(*lab) {
 	return func(*lab) {
 		must(testenv.Refuse(errno, testenv.Refusal{Call: unix.SYS_IOCTL, Argument: 2, Value: request}))
+	}
+}
+
+// refusedSocket lets socket(2) fail with errno.
+func refusedSocket(errno syscall.Errno) func(*lab) {
+	return func(*lab) {
+		refusal := testenv.Refusal{Call: unix.SYS_SOCKET}
+		if runtime.GOARCH == "386" {
+			const socketcall, socket = 102, 1 // of socketcall(2), which the others go through
+			refusal = testenv.Refusal{Call: socketcall, Argument: 1, Value: socket}
+		}
+		must(testenv.Refuse(errno, refusal))
 	}
 }
 

@@ -1,6 +1,7 @@
 package faults
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -24,8 +25,9 @@ type lab struct {
 	sub  string   // where files are made in it
 	open *os.File // /proc/self/fd, which works without /proc, too
 
-	victim *exec.Cmd // a process that ends with status 3 when it is told to
+	victim *exec.Cmd // a process that obeys until it is told to end
 	tell   io.WriteCloser
+	told   *bufio.Reader
 	file   *os.File // what prepare opened
 	id     kernstream.ProcessID
 
@@ -138,6 +140,37 @@ func startVictim(l *lab) {
 	must(err)
 	must(l.victim.Start())
 }
+
+// startOpener starts a victim that opens files, and that has opened what that takes.
+func startOpener(l *lab) {
+	l.victim = exec.Command("sh", "-c", `while read path; do if true <"$path"; then echo opened; else echo refused; fi; done`)
+	var err error
+	l.tell, err = l.victim.StdinPipe()
+	must(err)
+	out, err := l.victim.StdoutPipe()
+	must(err)
+	l.told = bufio.NewReader(out)
+	must(l.victim.Start())
+	openFile(l)
+	l.opens(l.file.Name())
+	must(l.opened())
+}
+
+// opens lets the victim open a file; opened returns what comes of it.
+func (l *lab) opens(path string) {
+	_, err := io.WriteString(l.tell, path+"\n")
+	must(err)
+}
+
+func (l *lab) opened() error {
+	line, err := l.told.ReadString('\n')
+	if err == nil && line != "opened\n" {
+		err = errRefused
+	}
+	return err
+}
+
+var errRefused = errors.New("refused")
 
 // kill ends the victim.
 func (l *lab) kill() { l.tell.Close() }
