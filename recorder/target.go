@@ -202,25 +202,50 @@ func (p *place) fill(root, proc int, one bool, below func(point string) (string,
 		if !seen || point == "/" || pseudo[row.FSType] {
 			continue
 		}
-		// Not through a symbolic link that was put there since, and not out of
-		// the root.
-		fd, err := unix.Openat2(root, point, &unix.OpenHow{
-			Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_NOFOLLOW,
-			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
-		})
+		file, err := openMount(root, point, uint64(row.ID))
 		if err != nil {
-			continue // it is covered, or gone
+			return recordError("open", point, err)
 		}
-		file := os.NewFile(uintptr(fd), point)
-		var st unix.Statx_t
-		if unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &st) != nil || st.Mnt_id != uint64(row.ID) {
-			file.Close() // covered by another one, which has a row, too
+		if file == nil {
 			continue
 		}
 		p.files = append(p.files, file)
 		p.marks = append(p.marks, kernstream.Mark{Type: kernstream.MarkMount, Dir: file})
 	}
 	return nil
+}
+
+// openMount opens the mount with this ID that is on point, as seen from the directory root. It
+// returns nil if nobody can reach that: it is covered, gone, or below a dead file
+// system. (What cannot be opened for another reason would be missing in the list.)
+func openMount(root int, point string, id uint64) (*os.File, error) {
+	for {
+		// Not through a symbolic link that was put there since, and not out of
+		// the root.
+		fd, err := unix.Openat2(root, point, &unix.OpenHow{
+			Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_NOFOLLOW,
+			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
+		})
+		switch err {
+		case nil:
+		case unix.EINTR:
+			continue
+		case unix.ENOENT, unix.ENOTDIR, unix.ELOOP, unix.ESTALE, unix.ENOTCONN, unix.ECONNABORTED:
+			return nil, nil
+		default:
+			return nil, os.NewSyscallError("openat2", err)
+		}
+		var st unix.Statx_t
+		err = unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &st)
+		if err == nil && st.Mnt_id == id {
+			return os.NewFile(uintptr(fd), point), nil
+		}
+		unix.Close(fd) // covered by another one, which has a row, too
+		if err == unix.ENOTCONN || err == unix.ECONNABORTED {
+			err = nil
+		}
+		return nil, os.NewSyscallError("statx", err)
+	}
 }
 
 // mountsOf returns the mount table of the thread or process that the directory

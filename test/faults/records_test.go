@@ -23,6 +23,13 @@ func record(l *lab, target recorder.Target, options *recorder.Options) (*recorde
 	return watch(l, func() (*recorder.Recording, error) { return recorder.Record(context.Background(), target, options) })
 }
 
+// startOpenerBelow starts an opener that opens a file on a mount below the directory.
+func startOpenerBelow(l *lab) {
+	subdirectory(l)
+	must(unix.Mount("below", l.path(""), "tmpfs", 0, ""))
+	startOpener(l)
+}
+
 // recordOpen records that the opener opens the file that it has made.
 func recordOpen(options *recorder.Options) func(*lab) string {
 	return func(l *lab) string {
@@ -260,14 +267,15 @@ func writeList(l *lab) string {
 
 func recordFaults() []fault {
 	const (
-		directory = "Record of a directory"
-		command   = "Record of a command"
-		container = "Record of a process"
-		tree      = "Record of a process tree"
-		write     = "List.WriteFile"
-		works     = "works, complete"
-		unchanged = "; the list before is there, and nothing else"
-		room      = 1 << 20
+		directory  = "Record of a directory"
+		withMounts = "Record of a directory with a mount below it"
+		command    = "Record of a command"
+		container  = "Record of a process"
+		tree       = "Record of a process tree"
+		write      = "List.WriteFile"
+		works      = "works, complete"
+		unchanged  = "; the list before is there, and nothing else"
+		room       = 1 << 20
 	)
 	byDirectory := recordOpen(&recorder.Options{})
 	meanings := map[syscall.Errno]string{unix.EPERM: ", Is fs.ErrPermission", unix.ENOSYS: ", Is errors.ErrUnsupported"}
@@ -308,9 +316,20 @@ func recordFaults() []fault {
 		doing: directory, fault: "name_to_handle_at is refused with EPERM", outcome: "incomplete, with 0 entries of the file", says: "files without a name",
 		inject: refused(unix.EPERM, unix.SYS_NAME_TO_HANDLE_AT), run: byDirectory,
 	})
+	for _, errno := range []syscall.Errno{unix.EPERM, unix.ENOSYS} {
+		for _, call := range []struct {
+			name   string
+			number int
+		}{{"openat2", unix.SYS_OPENAT2}, {"statx", unix.SYS_STATX}} {
+			add(fault{
+				doing: withMounts, fault: call.name + " is refused with " + unix.ErrnoName(errno), outcome: "fails: open " + unix.ErrnoName(errno) + meanings[errno], says: call.name,
+				prepare: startOpenerBelow, inject: refused(errno, call.number), run: withOpener(byDirectory),
+			})
+		}
+	}
 	add(fault{
-		doing: directory, fault: "openat2 is refused with ENOSYS", outcome: works,
-		inject: refused(unix.ENOSYS, unix.SYS_OPENAT2), run: byDirectory,
+		doing: withMounts, fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room",
+		prepare: startOpenerBelow, run: withOpener(starving(byDirectory)),
 	})
 	add(fault{
 		doing: container, fault: "pidfd_open is refused with EPERM", outcome: "fails: pidfd_open EPERM, Is errors.ErrUnsupported, Is fs.ErrPermission", says: "seccomp",
