@@ -32,6 +32,7 @@ type judge struct {
 	before   uint64 // default answers of the watchers that were closed
 	errands  chan func()
 	handlers sync.WaitGroup
+	held     []*kernstream.FileEvent // by ruleHeld
 }
 
 // How a judge treats a file.
@@ -40,6 +41,7 @@ const (
 	ruleDeny   = "deny"
 	ruleLate   = "late"   // allowed when the deadline is over
 	ruleClosed = "closed" // closed without an answer
+	ruleHeld   = "held"   // not answered at all
 	ruleTwice  = "twice"  // allowed and denied by two goroutines
 	ruleSlow   = "slow"   // allowed, when nothing was received for two deadlines
 )
@@ -112,6 +114,13 @@ func (j *judge) obey(words []string) (answer string) {
 	case "settle": // tells how many have got the default answer, after all else
 		j.errand(func() {
 			j.handlers.Wait()
+			for _, e := range j.held { // nobody waits any more
+				if err := e.Allow(); err == nil {
+					tell("wrong", "nobody had answered:", e)
+				}
+				e.Close()
+			}
+			j.held = nil
 			tell("settled", j.before+j.w.Defaulted())
 		})
 	case "restart": // with another watcher, while others wait for answers
@@ -142,6 +151,11 @@ func (j *judge) receive(e *kernstream.FileEvent) {
 	}
 	if rule == ruleSlow {
 		time.Sleep(2 * j.options.Deadline)
+	}
+	if rule == ruleHeld {
+		j.held = append(j.held, e)
+		tell("gave", number, gaveDefault)
+		return
 	}
 	handle := func() {
 		tell("gave", number, j.answer(e, rule))

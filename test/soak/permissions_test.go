@@ -73,7 +73,7 @@ func (p *permissions) name() string { return "permissions" }
 func (p *permissions) begin(ctx context.Context) (kernstream.Source, error) {
 	p.deadline = time.Duration(20+rand.IntN(100)) * time.Millisecond
 	p.told, p.ending, p.defaulted = make(chan *judgment), make(chan struct{}), 0
-	p.judge = startProgram(p.t, judgeName, p.hear, p.dir, p.deadline.String(), strconv.Itoa(2+rand.IntN(30)))
+	p.judge = startProgram(p.t, judgeName, p.hear, p.dir, p.deadline.String(), strconv.Itoa(5+rand.IntN(30)))
 	if _, err := p.judge.ask("measure"); err != nil { // it is there
 		return nil, err
 	}
@@ -125,8 +125,11 @@ func (p *permissions) act(ctx context.Context, random *rand.Rand) error {
 
 // someRule returns a rule; most answer at once.
 func someRule(random *rand.Rand) string {
-	if random.IntN(200) == 0 {
+	switch random.IntN(200) {
+	case 0:
 		return ruleSlow
+	case 1, 2:
+		return ruleHeld
 	}
 	return [...]string{ruleAllow, ruleAllow, ruleAllow, ruleDeny, ruleDeny, ruleDeny, ruleClosed, ruleTwice, ruleTwice, ruleLate}[random.IntN(10)]
 }
@@ -208,7 +211,7 @@ func (p *permissions) gave(number int, gave string) error {
 	switch {
 	case c == nil:
 		return errors.New("nobody asked")
-	case gave == gaveAllow && (c.rule == ruleDeny || c.rule == ruleClosed), gave == gaveDeny && c.rule != ruleDeny && c.rule != ruleTwice:
+	case gave == gaveAllow && (c.rule == ruleDeny || c.rule == ruleClosed || c.rule == ruleHeld), gave == gaveDeny && c.rule != ruleDeny && c.rule != ruleTwice:
 		return errors.New("this is not the rule")
 	}
 	c.gave += gave + " "
