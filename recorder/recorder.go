@@ -127,7 +127,8 @@ type Recording struct {
 // It is not recorded what a process does in another mount namespace than the
 // target's, what is on mounts that are made after the start, and what this process
 // does itself. Mapping a file is an open, the pages that are touched are not seen.
-// The mounts in question are busy meanwhile.
+// The mounts in question are busy meanwhile. A FUSE file system whose server is gone is left out,
+// since nobody opens a file there; another mount that cannot be opened is an error.
 //
 // Record needs CAP_SYS_ADMIN, for mount marks; CAP_DAC_READ_SEARCH, for paths; of a
 // container the permission to look at /proc/PID/root (ptrace(2)). In a user namespace

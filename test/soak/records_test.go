@@ -219,10 +219,14 @@ func (p *records) attend(ctx context.Context, r *recorder.Recording, cut bool) e
 	for ended := false; !ended; {
 		select {
 		case a := <-r.C:
-			if a == nil {
+			switch {
+			case a != nil:
+				a.Close()
+			case !cut:
 				return fmt.Errorf("a recording ended by %w", r.Err())
+			default: // by a connection that a busy machine has given up
+				ended = true
 			}
-			a.Close()
 		case <-ctx.Done():
 			ended = true
 		}
@@ -255,14 +259,15 @@ func (p *records) connection(ctx context.Context, random *rand.Rand) error {
 	go func() {
 		served <- recorder.Serve(context.Background(), server, &recorder.ServeOptions{Target: recorder.Directory(p.dir)})
 	}()
-	defer func() { <-served }()
 	r, err := recorder.Connect(context.Background(), client, nil)
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, unix.EMFILE):
-		return nil // the machine is too busy for a handshake, or all groups are taken
-	case err != nil:
+	if err != nil {
+		err = errors.Join(err, <-served)
+		if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, unix.EMFILE) {
+			return nil // the machine is too busy for a handshake, or all groups are taken
+		}
 		return err
 	}
+	defer func() { <-served }()
 	return p.attend(ctx, r, true)
 }
 
