@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -401,13 +402,7 @@ func TestDeadMounts(t *testing.T) {
 	dir := tmpfs(t)
 	writeFile(t, dir+"/file")
 	dead := dir + "/dead"
-	do(t, os.Mkdir(dead, 0o755))
-	device, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		testenv.Missing(t, "needs to open /dev/fuse", err)
-	}
-	do(t, unix.Mount("dead", dead, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,default_permissions", device)))
-	do(t, unix.Close(device))
+	mountFUSE(t, dead, 0)()
 
 	cmd := testenv.Child(t, opener, dir+"/file")
 	r := record(t, recorder.Command(cmd), nil)
@@ -423,6 +418,37 @@ func TestDeadMounts(t *testing.T) {
 	wantComplete(t, list)
 	wantPaths(t, list, "", "file")
 
-	_, err = recorder.Record(t.Context(), recorder.Directory(dead), nil)
+	_, err := recorder.Record(t.Context(), recorder.Directory(dead), nil)
 	wantOpError(t, err, unix.ENOTCONN, dead)
+}
+
+// mountFUSE mounts a FUSE file system of a user, which nobody serves, and returns what ends its
+// connection.
+func mountFUSE(t testing.TB, dir string, uid int) (abort func()) {
+	t.Helper()
+	do(t, os.Mkdir(dir, 0o755))
+	device, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		testenv.Missing(t, "needs to open /dev/fuse", err)
+	}
+	abort = sync.OnceFunc(func() { unix.Close(device) })
+	t.Cleanup(abort)
+	do(t, unix.Mount("fuse", dir, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%[2]d,default_permissions", device, uid)))
+	return abort
+}
+
+// TestMountOfAnotherUser: what is on a FUSE file system that is for another user alone is not
+// recorded, and the list says so.
+func TestMountOfAnotherUser(t *testing.T) {
+	needRecorder(t)
+	dir := tmpfs(t)
+	writeFile(t, dir+"/file")
+	theirs := dir + "/theirs"
+	mountFUSE(t, theirs, 65534)
+	cmd := testenv.Child(t, opener, dir+"/file")
+	r := record(t, recorder.Command(cmd), nil)
+	_, list := finish(t, r)
+	do(t, cmd.Wait())
+	wantIncomplete(t, list, theirs+" is not recorded: statx: permission denied")
+	wantPaths(t, list, dir, "file")
 }

@@ -128,7 +128,8 @@ type Recording struct {
 // target's, what is on mounts that are made after the start, and what this process
 // does itself. Mapping a file is an open, the pages that are touched are not seen.
 // The mounts in question are busy meanwhile. A FUSE file system whose server is gone is left out,
-// since nobody opens a file there; another mount that cannot be opened is an error.
+// since nobody opens a file there; one of another user, who allows nobody else, is left out, too, and
+// the list is incomplete. Another mount that cannot be opened is an error.
 //
 // Record needs CAP_SYS_ADMIN, for mount marks; CAP_DAC_READ_SEARCH, for paths; of a
 // container the permission to look at /proc/PID/root (ptrace(2)). In a user namespace
@@ -201,6 +202,9 @@ func newSession(o Options, target Target) (_ *session, err error) {
 		return nil, err
 	}
 	defer s.place.release()
+	for _, why := range s.place.unseen {
+		s.tally.fault("%s", why)
+	}
 	s.cut = func(error) string { return s.place.early }
 	if s.watcher, err = o.watch(ctx, s.place.marks); err != nil {
 		return nil, err

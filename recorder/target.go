@@ -2,6 +2,7 @@ package recorder
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -37,6 +38,7 @@ type place struct {
 	start   func() error    // starts the command; nil: nothing is to be started
 	abandon func()          // ends what waits for the target; may be nil
 	ended   <-chan struct{} // closed at the end of the target; nil: it has none
+	unseen  []string        // why a list is incomplete in any case
 	early   string          // why a list is incomplete that ends before the target; empty: it is not
 	waiting sync.WaitGroup  // for who closes ended
 }
@@ -203,10 +205,13 @@ func (p *place) fill(root, proc int, one bool, below func(point string) (string,
 			continue
 		}
 		file, err := openMount(root, point, uint64(row.ID))
-		if err != nil {
+		switch {
+		case errors.Is(err, unix.EACCES): // a FUSE file system that is for its user alone
+			p.unseen = append(p.unseen, fmt.Sprintf("what is on %s is not recorded: %v", point, err))
+			continue
+		case err != nil:
 			return recordError("open", point, err)
-		}
-		if file == nil {
+		case file == nil:
 			continue
 		}
 		p.files = append(p.files, file)
