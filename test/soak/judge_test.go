@@ -19,12 +19,12 @@ import (
 	"github.com/kernstream/kernstream/internal/testenv"
 )
 
-// A judge is a program that answers permission events. It is another process than the
-// one with all other sources, since that starts processes, which must not wait for
-// itself.
+// A judge is a program that answers permission events. It is another process than
+// the one with all other sources, which starts processes all the time: one that
+// answers must not.
 //
-// The files that it guards have names of a rule and a number. What is open by no rule of
-// the consumer's is denied.
+// The files that it guards are called by a rule, which says how they are treated, and
+// a number. The default answer is to deny.
 type judge struct {
 	dir      string
 	options  kernstream.FileOptions
