@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kernstream/kernstream/internal/fangroup"
 	"github.com/kernstream/kernstream/internal/fanotify"
 	"github.com/kernstream/kernstream/poller"
 )
@@ -41,7 +42,7 @@ func newHandleGroup(options *FileOptions, files bool) (*fileGroup, error) {
 	if files {
 		flags |= reportFiles
 	}
-	fd, err := initGroup(flags, unix.O_RDONLY|unix.O_CLOEXEC)
+	fd, err := fangroup.Init(flags, unix.O_RDONLY|unix.O_CLOEXEC)
 	if err != nil {
 		return nil, options.explain(err, ViaHandle)
 	}
@@ -53,10 +54,10 @@ func newHandleGroup(options *FileOptions, files bool) (*fileGroup, error) {
 func newDescriptorGroup(options *FileOptions) (*fileGroup, error) {
 	flags := options.initFlags() | unix.FAN_REPORT_FD_ERROR
 	eventFlags := uint(options.EventFlags | unix.O_CLOEXEC | unix.O_LARGEFILE)
-	fd, err := initGroup(flags, eventFlags)
+	fd, err := fangroup.Init(flags, eventFlags)
 	if err == unix.EINVAL {
 		flags &^= unix.FAN_REPORT_FD_ERROR
-		fd, err = initGroup(flags, eventFlags)
+		fd, err = fangroup.Init(flags, eventFlags)
 	}
 	if err != nil {
 		return nil, options.explain(err, ViaDescriptor)

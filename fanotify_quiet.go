@@ -3,6 +3,7 @@ package kernstream
 import (
 	"golang.org/x/sys/unix"
 
+	"github.com/kernstream/kernstream/internal/fangroup"
 	"github.com/kernstream/kernstream/internal/fanotify"
 	"github.com/kernstream/kernstream/poller"
 )
@@ -25,7 +26,7 @@ const quietFlags = unix.FAN_CLOEXEC | unix.FAN_NONBLOCK | unix.FAN_CLASS_NOTIF |
 // that worked.
 func (s *fileSystems) markQuiet(fd int) bool {
 	if s.quiet == nil && !s.noQuiet {
-		group, err := initGroup(quietFlags, unix.O_RDONLY|unix.O_CLOEXEC)
+		group, err := fangroup.Init(quietFlags, unix.O_RDONLY|unix.O_CLOEXEC)
 		if err != nil {
 			s.noQuiet = true
 			return false

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kernstream/kernstream/internal/fangroup"
 	"github.com/kernstream/kernstream/internal/procfs"
 )
 
@@ -230,7 +231,7 @@ func (w *fileWatch) close() {
 	if fds == nil {
 		return
 	}
-	closeGroups(fds, func() {
+	fangroup.Close(fds, func() {
 		for _, g := range w.groups {
 			if g != nil {
 				g.file.Close()

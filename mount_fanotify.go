@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kernstream/kernstream/internal/fangroup"
 	"github.com/kernstream/kernstream/internal/fanotify"
 	"github.com/kernstream/kernstream/internal/statmount"
 	"github.com/kernstream/kernstream/poller"
@@ -128,7 +129,7 @@ func (s *fanotifySource) release() {
 		s.waker.close()
 	}
 	if s.group != nil {
-		closeGroups([]int{s.group.FD()}, func() { s.group.Close() })
+		fangroup.Close([]int{s.group.FD()}, func() { s.group.Close() })
 	}
 	if s.waiting != nil {
 		s.waiting.Close()

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kernstream/kernstream/internal/fangroup"
 	"github.com/kernstream/kernstream/internal/statmount"
 	"github.com/kernstream/kernstream/poller"
 )
@@ -81,7 +82,7 @@ func (s *fanotifySource) mark() error {
 		return s.target.failed(err)
 	}
 	const flags = unix.FAN_CLASS_NOTIF | unix.FAN_REPORT_MNT | unix.FAN_CLOEXEC | unix.FAN_NONBLOCK
-	group, err := initGroup(flags, 0)
+	group, err := fangroup.Init(flags, 0)
 	if err != nil {
 		return s.unsupported("fanotify_init", err)
 	}

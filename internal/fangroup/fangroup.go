@@ -1,4 +1,10 @@
-package kernstream
+// Package fangroup makes and closes fanotify groups.
+//
+// To close one takes the kernel long: it takes the marks off at once, and then waits until
+// no processor may be looking at one of them (an SRCU grace period), which is up
+// to some hundredths of a second within the last close(2). Nobody has to wait for
+// that, so the kernel's collector of sockets is left to do it.
+package fangroup
 
 import (
 	"sync/atomic"
@@ -7,26 +13,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Closing a group. The kernel takes its marks off at once, and then waits until
-// no processor may be looking at one of them (an SRCU grace period): that is up
-// to some hundredths of a second within the last close(2). Nobody has to wait for
-// that, so the kernel's collector of sockets is left to do it.
-
-// groupsClosed is when groups were closed last, in Unix nanoseconds. They count
+// closed is when groups were closed last, in Unix nanoseconds. They count
 // towards the limit until the kernel is through with them.
-var groupsClosed atomic.Int64
+var closed atomic.Int64
 
-// groupsLinger is how long that may take.
-const groupsLinger = 200 * time.Millisecond
+// linger is how long that may take.
+const linger = 200 * time.Millisecond
 
-// closeGroups calls end, which closes the descriptors fds of groups. These are gone
+// Close calls end, which closes the descriptors fds of groups. These are gone
 // when it returns.
 //
 // The groups go into a message to a socket first, so that end does not wait for the
 // kernel. The message holds the socket that it is sent to, too, so that nothing
 // but the kernel's garbage collector (unix(7)) can get at it once all are closed;
 // newer kernels run that on a thread of their own.
-func closeGroups(fds []int, end func()) {
+func Close(fds []int, end func()) {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err == nil {
 		// If this fails, the last close is in end, which takes longer.
@@ -37,15 +38,15 @@ func closeGroups(fds []int, end func()) {
 		unix.Close(pair[1])
 		unix.Close(pair[0]) // sets the collector off
 	}
-	groupsClosed.Store(time.Now().UnixNano())
+	closed.Store(time.Now().UnixNano())
 }
 
-// initGroup is fanotify_init(2). If there is no group left, it waits for those
+// Init is fanotify_init(2). If there is no group left, it waits for those
 // that were closed just before.
-func initGroup(flags, eventFlags uint) (int, error) {
+func Init(flags, eventFlags uint) (int, error) {
 	for {
 		fd, err := unix.FanotifyInit(flags, eventFlags)
-		if err != unix.EMFILE || time.Since(time.Unix(0, groupsClosed.Load())) > groupsLinger {
+		if err != unix.EMFILE || time.Since(time.Unix(0, closed.Load())) > linger {
 			return fd, err
 		}
 		time.Sleep(time.Millisecond)
