@@ -66,10 +66,10 @@ func (t commandTarget) open(ctx context.Context, o *Options) (*place, error) {
 		return nil, err
 	}
 	ended := make(chan struct{})
-	p := &place{namespace: -1, ended: ended, early: "the recording was ended before the command"}
+	p := &place{ended: ended, early: "the recording was ended before the command"}
 	r := &commandRun{target: t, place: p, ready: make(chan error, 1), begin: make(chan bool, 1), started: make(chan error, 1)}
 	p.waiting.Go(func() {
-		if err := mntns.Private(func(proc int) error { return r.inside(proc, o.OneMount, watcher) }); err != nil {
+		if err := mntns.Private(func(proc int) error { return r.inside(ctx, proc, o.OneMount, watcher) }); err != nil {
 			r.ready <- explain(err)
 		}
 	})
@@ -121,19 +121,20 @@ type commandRun struct {
 }
 
 // inside is what happens in the private namespace.
-func (r *commandRun) inside(proc int, one bool, watcher *kernstream.ProcessWatcher) (err error) {
+func (r *commandRun) inside(ctx context.Context, proc int, one bool, watcher *kernstream.ProcessWatcher) (err error) {
 	root, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return os.NewSyscallError("open", err)
 	}
-	if err := r.place.fill(root, proc, one, func(point string) (string, bool) { return point, true }); err != nil {
+	if r.place.namespace, err = openNamespace(proc); err != nil {
+		unix.Close(root)
+		return os.NewSyscallError("open", err)
+	}
+	if err := r.place.fill(ctx, root, proc, one); err != nil {
 		return err
 	}
 	if r.namespace, err = namespaceOf(proc, "ns/mnt"); err != nil {
 		return err
-	}
-	if r.place.namespace, err = unix.Openat(proc, "ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
-		return os.NewSyscallError("open", err)
 	}
 	r.over = make(chan struct{})
 	r.ready <- nil

@@ -64,15 +64,23 @@ func (t *tally) reasons() []string {
 	if t.left > 0 {
 		reasons = append(reasons, fmt.Sprintf("%d accesses are to further files than the %d that the list may have", t.left, t.limit))
 	}
-	return append(reasons, t.faults...)
+	reasons = append(reasons, t.faults...)
+	if t.unsaid > 0 {
+		reasons = append(reasons, fmt.Sprintf("and %d more of that kind", t.unsaid))
+	}
+	return reasons
 }
 
 // maxFaults bounds what is said about things that go wrong again and again.
 const maxFaults = 16
 
 func (t *tally) addFault(why string) {
-	if len(t.faults) < maxFaults && !slices.Contains(t.faults, why) {
+	switch {
+	case slices.Contains(t.faults, why):
+	case len(t.faults) < maxFaults:
 		t.faults = append(t.faults, why)
+	default:
+		t.unsaid++
 	}
 }
 

@@ -180,6 +180,7 @@ type session struct {
 	place   *place
 	watcher *kernstream.FileWatcher
 	tree    *tree // nil: everybody
+	mounts  laterMounts
 	stop    context.CancelFunc
 	cut     func(cause error) string // why a list is incomplete that ends before its target; empty: it is not
 }
@@ -202,14 +203,12 @@ func newSession(o Options, target Target) (_ *session, err error) {
 		return nil, err
 	}
 	defer s.place.release()
-	for _, why := range s.place.unseen {
-		s.tally.fault("%s", why)
-	}
 	s.cut = func(error) string { return s.place.early }
-	if s.watcher, err = o.watch(ctx, s.place.marks); err != nil {
+	if s.watcher, s.mounts.descriptors, err = o.watch(ctx, s.place.marks); err != nil {
 		return nil, err
 	}
 	s.tally.begin()
+	s.followMounts()
 	if s.place.start != nil {
 		err = s.place.start()
 	}
@@ -218,6 +217,7 @@ func newSession(o Options, target Target) (_ *session, err error) {
 
 // close lets go of what a session has beside its stream.
 func (s *session) close() {
+	s.leaveMounts()
 	if s.watcher != nil {
 		s.watcher.Close()
 	}
@@ -231,8 +231,8 @@ func (s *session) close() {
 }
 
 // watch makes the watcher with the marks. One group is what keeps the order, so
-// where some marks cannot have handles, none gets them.
-func (o *Options) watch(ctx context.Context, marks []kernstream.Mark) (*kernstream.FileWatcher, error) {
+// where some marks cannot have handles, none gets them: the group is of descriptors then.
+func (o *Options) watch(ctx context.Context, marks []kernstream.Mark) (_ *kernstream.FileWatcher, descriptors bool, err error) {
 	for i := range marks {
 		marks[i].Ops = o.Ops
 	}
@@ -250,11 +250,11 @@ func (o *Options) watch(ctx context.Context, marks []kernstream.Mark) (*kernstre
 			}
 		}
 		if err != nil || options.Descriptors {
-			return w, err
+			return w, options.Descriptors, err
 		}
 		groups := 0
 		if err := w.Control(func(int) { groups++ }); err == nil && groups == 1 {
-			return w, nil
+			return w, false, nil
 		}
 		w.Close()
 		options.Descriptors = true
@@ -289,7 +289,7 @@ func (s *session) run(ctx context.Context) error {
 	collected := make(chan struct{})
 	go func() {
 		defer close(collected)
-		s.collect()
+		s.collect(s.watcher)
 	}()
 	err := error(io.EOF)
 	select {
@@ -313,17 +313,18 @@ func (s *session) run(ctx context.Context) error {
 		err = broken
 		s.tally.fault("%v", broken)
 	}
+	s.endMounts()
 	s.tally.finish()
 	return err
 }
 
-// collect takes the events until there are no more. It tells who waits for files only
+// collect takes the events of a watcher until there are no more. It tells who waits for files only
 // when no other event is there: to change between goroutines for each would cost more than
 // all else.
-func (s *session) collect() {
-	for e := range s.watcher.C {
+func (s *session) collect(w *kernstream.FileWatcher) {
+	for e := range w.C {
 		s.take(e)
-		if len(s.watcher.C) == 0 {
+		if len(w.C) == 0 {
 			s.tally.tell()
 		}
 	}

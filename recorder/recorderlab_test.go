@@ -47,7 +47,7 @@ func init() {
 
 // openerMain opens the files that the arguments say: a path, "DIR N" for
 // the files 0 to N-1 of a directory, "stdin" for what the lines of the standard input
-// name, each acknowledged by a line.
+// name, each acknowledged by a line. "VERB: ARGUMENTS" mounts something (see mountNamed).
 func openerMain(args []string) int {
 	for _, arg := range args {
 		if arg == "stdin" {
@@ -69,6 +69,9 @@ func openerMain(args []string) int {
 }
 
 func openNamed(arg string) error {
+	if verb, rest, found := strings.Cut(arg, ": "); found {
+		return mountNamed(verb, rest)
+	}
 	space := strings.LastIndexByte(arg, ' ')
 	n, err := strconv.Atoi(arg[space+1:])
 	if err != nil {
@@ -79,6 +82,38 @@ func openNamed(arg string) error {
 		err = touchFile(numbered(dir, i))
 	}
 	return err
+}
+
+// mountNamed mounts or unmounts what the arguments say: a file system by its type, or
+// "bind: FROM TO", "move: FROM TO", "overlay: LOWER POINT", "umount: POINT", "detach: POINT".
+func mountNamed(verb, rest string) error {
+	from, to, _ := strings.Cut(rest, " ")
+	var err error
+	switch verb {
+	case "bind":
+		err = unix.Mount(from, to, "", unix.MS_BIND, "")
+	case "move":
+		err = unix.Mount(from, to, "", unix.MS_MOVE, "")
+	case "umount":
+		// An access that was not looked at yet keeps a mount busy.
+		for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+			if err = unix.Unmount(rest, 0); err != unix.EBUSY || time.Since(begin) > patience {
+				break
+			}
+		}
+	case "detach": // what the recorder keeps busy
+		err = unix.Unmount(rest, unix.MNT_DETACH)
+	case "overlay":
+		err = unix.Mount("overlay", to, verb, 0, "lowerdir="+from)
+	default: // FILE, too: a file in it, which is not opened
+		if err = unix.Mount("later", from, verb, 0, ""); err == nil && to != "" {
+			err = unix.Mknod(from+"/"+to, unix.S_IFREG|0o644, 0)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", verb, rest, err)
+	}
+	return nil
 }
 
 func numbered(dir string, i int) string { return fmt.Sprintf("%s/%d/%d", dir, i/1000, i) }

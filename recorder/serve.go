@@ -113,7 +113,8 @@ func (o *ServeOptions) shake(ctx context.Context, l *link) (*session, error) {
 
 // newGroup shows whether there is a group to be had.
 func newGroup(o *Options) (*kernstream.FileWatcher, error) {
-	return o.watch(context.Background(), nil)
+	w, _, err := o.watch(context.Background(), nil)
+	return w, err
 }
 
 // refuse tells the client why, and returns that.
@@ -218,7 +219,7 @@ type authorizedTarget struct {
 func (t *authorizedTarget) open(ctx context.Context, o *Options) (*place, error) {
 	switch asked := t.Target.(type) {
 	case Directory:
-		return t.openDirectory(asked, o)
+		return t.openDirectory(ctx, asked, o)
 	case Container:
 		return t.openContainer(ctx, asked, o)
 	}
@@ -228,7 +229,7 @@ func (t *authorizedTarget) open(ctx context.Context, o *Options) (*place, error)
 	return t.Target.open(ctx, o)
 }
 
-func (t *authorizedTarget) openDirectory(asked Directory, o *Options) (*place, error) {
+func (t *authorizedTarget) openDirectory(ctx context.Context, asked Directory, o *Options) (*place, error) {
 	root, err := unix.Open(string(asked), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		// Who is not authorized does not learn what there is.
@@ -245,7 +246,7 @@ func (t *authorizedTarget) openDirectory(asked Directory, o *Options) (*place, e
 		unix.Close(root)
 		return nil, err
 	}
-	return openDirectory(root, o)
+	return openDirectory(ctx, root, o)
 }
 
 func (t *authorizedTarget) openContainer(ctx context.Context, asked Container, o *Options) (*place, error) {

@@ -24,6 +24,7 @@ type tally struct {
 	nameless  map[string]int // why files could not be named, and how many
 	left      int            // files that were too many
 	faults    []string
+	unsaid    int  // faults that were too many
 	sent      int  // how many files have been passed on
 	hurried   bool // nobody takes files any more
 	finished  bool

@@ -2,7 +2,6 @@ package recorder
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -12,7 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream"
-	"github.com/kernstream/kernstream/internal/procfs"
 )
 
 // A Target is what is recorded: a [Container], a [Directory] or a [Command].
@@ -26,19 +24,21 @@ type Target interface {
 
 // A place is where a target's files are.
 type place struct {
-	base  string // its root directory, as events name it
-	marks []kernstream.Mark
-	files []*os.File // of the marks
+	base    string   // its root directory, as events name it
+	root    *os.File // open
+	marks   []kernstream.Mark
+	files   []*os.File  // of the marks, beside root
+	mounts  *mountWatch // nil: there is to be one mount only
+	missing []string    // why a list is incomplete from the beginning
 
 	// namespace keeps the mounts of a target connected until the last event has been
 	// read, which may be after the end of the target: the kernel shows a path below
-	// a mount that is nowhere as if that were the root. -1: it is the caller's own.
-	namespace int
+	// a mount that is nowhere as if that were the root. nil: it is the caller's own.
+	namespace *os.File
 
 	start   func() error    // starts the command; nil: nothing is to be started
 	abandon func()          // ends what waits for the target; may be nil
 	ended   <-chan struct{} // closed at the end of the target; nil: it has none
-	unseen  []string        // why a list is incomplete in any case
 	early   string          // why a list is incomplete that ends before the target; empty: it is not
 	waiting sync.WaitGroup  // for who closes ended
 }
@@ -49,17 +49,26 @@ func (p *place) release() {
 		f.Close()
 	}
 	p.files = nil
+	if p.root != nil && p.mounts == nil {
+		p.root.Close()
+	}
 }
 
 // close lets go of everything. The context of the recording is done.
 func (p *place) close() {
 	p.release()
+	if p.mounts != nil {
+		p.mounts.close()
+	}
+	if p.root != nil {
+		p.root.Close()
+	}
 	if p.abandon != nil {
 		p.abandon()
 	}
 	p.waiting.Wait()
-	if p.namespace >= 0 {
-		unix.Close(p.namespace)
+	if p.namespace != nil {
+		p.namespace.Close()
 	}
 }
 
@@ -75,7 +84,7 @@ type Container int
 func (t Container) String() string { return "process " + strconv.Itoa(int(t)) }
 
 func (t Container) open(ctx context.Context, o *Options) (_ *place, err error) {
-	p := &place{namespace: -1}
+	p := &place{}
 	defer func() {
 		if err != nil {
 			p.close()
@@ -94,14 +103,14 @@ func (t Container) open(ctx context.Context, o *Options) (_ *place, err error) {
 		return nil, t.gone("open", dir, err)
 	}
 	defer unix.Close(proc)
-	if p.namespace, err = unix.Openat(proc, "ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+	if p.namespace, err = openNamespace(proc); err != nil {
 		return nil, t.gone("open", dir+"/ns/mnt", err)
 	}
 	root, err := unix.Openat(proc, "root", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, t.gone("open", dir+"/root", err)
 	}
-	if err := p.fill(root, proc, o.OneMount, func(point string) (string, bool) { return point, true }); err != nil {
+	if err := p.fill(ctx, root, proc, o.OneMount); err != nil {
 		return nil, err
 	}
 	select {
@@ -152,126 +161,66 @@ type Directory string
 // String returns the path.
 func (t Directory) String() string { return string(t) }
 
-func (t Directory) open(_ context.Context, o *Options) (_ *place, err error) {
+func (t Directory) open(ctx context.Context, o *Options) (_ *place, err error) {
 	root, err := unix.Open(string(t), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, recordError("open", string(t), os.NewSyscallError("open", err))
 	}
-	return openDirectory(root, o)
+	return openDirectory(ctx, root, o)
 }
 
 // openDirectory is the place of a directory that is open.
-func openDirectory(root int, o *Options) (_ *place, err error) {
-	p := &place{namespace: -1}
+func openDirectory(ctx context.Context, root int, o *Options) (_ *place, err error) {
+	p := &place{}
 	proc, err := unix.Open("/proc/thread-self", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		unix.Close(root)
 		return nil, recordError("open", "/proc/thread-self", fmt.Errorf("%w: is /proc mounted?", os.NewSyscallError("open", err)))
 	}
 	defer unix.Close(proc)
-	base, err := pathOf(root)
-	if err != nil {
-		unix.Close(root)
-		return nil, err
-	}
-	if err := p.fill(root, proc, o.OneMount, func(point string) (string, bool) { return within(base, point) }); err != nil {
-		p.release()
+	if err := p.fill(ctx, root, proc, o.OneMount); err != nil {
+		p.close()
 		return nil, err
 	}
 	return p, nil
 }
 
 // fill marks the mounts that are to be seen from the open directory root, which it takes
-// over: that root is on, and, unless there is to be one only, those that
-// the mount table of the thread or process proc has. below turns a mount point of that table
-// into a path below root.
-func (p *place) fill(root, proc int, one bool, below func(point string) (string, bool)) error {
-	base, err := pathOf(root)
-	dir := os.NewFile(uintptr(root), base)
-	p.files = append(p.files, dir)
-	p.marks = append(p.marks, kernstream.Mark{Type: kernstream.MarkMount, Dir: dir})
-	if err != nil || one {
-		p.base = base
+// over: that root is on, and, unless there is to be one only, those below it that
+// the mount table of the thread or process proc has.
+func (p *place) fill(ctx context.Context, root, proc int, one bool) (err error) {
+	p.root = os.NewFile(uintptr(root), "root")
+	p.mark(p.root)
+	if p.base, err = pathOf(root); err != nil || one {
 		return err
 	}
-	p.base = base
-	rows, err := mountsOf(proc)
-	if err != nil {
+	if p.namespace == nil && elsewhere(proc) {
+		if p.namespace, err = openNamespace(proc); err != nil {
+			return recordError("open", "ns/mnt", os.NewSyscallError("open", err))
+		}
+	}
+	if p.mounts, err = newMountWatch(ctx, p, proc); err != nil {
 		return err
 	}
-	for _, row := range rows {
-		point, seen := below(row.MountPoint)
-		if !seen || point == "/" || pseudo[row.FSType] {
-			continue
-		}
-		file, err := openMount(root, point, uint64(row.ID))
-		switch {
-		case errors.Is(err, unix.EACCES): // a FUSE file system that is for its user alone
-			p.unseen = append(p.unseen, fmt.Sprintf("what is on %s is not recorded: %v", point, err))
-			continue
-		case err != nil:
-			return recordError("open", point, err)
-		case file == nil:
-			continue
-		}
-		p.files = append(p.files, file)
-		p.marks = append(p.marks, kernstream.Mark{Type: kernstream.MarkMount, Dir: file})
+	p.files, p.missing = p.mounts.first()
+	for _, file := range p.files {
+		p.mark(file)
 	}
 	return nil
 }
 
-// openMount opens the mount with this ID that is on point, as seen from the directory root. It
-// returns nil if nobody can reach that: it is covered, gone, or below a dead file
-// system. (What cannot be opened for another reason would be missing in the list.)
-func openMount(root int, point string, id uint64) (*os.File, error) {
-	for {
-		// Not through a symbolic link that was put there since, and not out of
-		// the root.
-		fd, err := unix.Openat2(root, point, &unix.OpenHow{
-			Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_NOFOLLOW,
-			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
-		})
-		switch err {
-		case nil:
-		case unix.EINTR:
-			continue
-		case unix.ENOENT, unix.ENOTDIR, unix.ELOOP, unix.ESTALE, unix.ENOTCONN, unix.ECONNABORTED:
-			return nil, nil
-		default:
-			return nil, os.NewSyscallError("openat2", err)
-		}
-		var st unix.Statx_t
-		err = unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &st)
-		if err == nil && st.Mnt_id == id {
-			return os.NewFile(uintptr(fd), point), nil
-		}
-		unix.Close(fd) // covered by another one, which has a row, too
-		if err == unix.ENOTCONN || err == unix.ECONNABORTED {
-			err = nil
-		}
-		return nil, os.NewSyscallError("statx", err)
-	}
+func (p *place) mark(root *os.File) {
+	p.marks = append(p.marks, kernstream.Mark{Type: kernstream.MarkMount, Dir: root})
 }
 
-// mountsOf returns the mount table of the thread or process that the directory
-// proc is of.
-func mountsOf(proc int) (rows []procfs.MountInfo, err error) {
-	fd, err := unix.Openat(proc, "mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+// openNamespace opens the mount namespace of the thread or process that the directory proc is
+// of.
+func openNamespace(proc int) (*os.File, error) {
+	fd, err := unix.Openat(proc, "ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, recordError("open", "mountinfo", os.NewSyscallError("open", err))
+		return nil, err
 	}
-	defer unix.Close(fd)
-	var parser procfs.MountInfoParser
-	err = procfs.ReadRows(fd, nil, func(row []byte) error {
-		if m, err := parser.Parse(string(row)); err == nil {
-			rows = append(rows, m)
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, recordError("read", "mountinfo", err)
-	}
-	return rows, nil
+	return os.NewFile(uintptr(fd), "ns/mnt"), nil
 }
 
 // pseudo are the file systems whose files the kernel makes up.

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"strconv"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -21,6 +22,7 @@ import (
 // that process does, and is asked about, came later. So no descendant is missed,
 // however short it lives, and none is looked up in /proc, where it may be gone.
 type tree struct {
+	mu      sync.Mutex // of has
 	socket  *poller.Descriptor
 	buf     []byte
 	members map[int]bool
@@ -127,6 +129,8 @@ var errForksLost = errors.New("forks were lost: which processes are descendants 
 
 // has tells whether a process is in the tree.
 func (t *tree) has(pid int) (member bool, lost error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	for {
 		e, err := t.read()
 		switch {

@@ -1,0 +1,311 @@
+package recorder
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream"
+)
+
+// A mountWatch follows the mounts of a place.
+type mountWatch struct {
+	watcher *kernstream.MountWatcher
+	options *kernstream.MountOptions // whose mounts
+	log     *mountLog
+	root    *os.File // the directory that is recorded, of the place
+	base    string   // its path
+
+	table map[uint32]*placeMount // all mounts, by MountInfoID
+	ids   map[uint64]bool        // the unique IDs of all that ever were in table
+}
+
+// A placeMount is a mount that is known.
+type placeMount struct {
+	kernstream.Mount
+	marked bool
+}
+
+// newMountWatch begins to follow the mount table of the thread or process that the directory
+// proc is of, whose namespace is p's unless it is the caller's own.
+func newMountWatch(ctx context.Context, p *place, proc int) (_ *mountWatch, err error) {
+	m := &mountWatch{root: p.root, base: p.base, options: &kernstream.MountOptions{NoInitial: true}, ids: map[uint64]bool{}}
+	if elsewhere(proc) {
+		m.options.Namespace = p.namespace
+	}
+	// Who is asked first knows of everything that the others tell.
+	if m.log, err = newMountLog(proc); err != nil {
+		return nil, err
+	}
+	if m.watcher, err = kernstream.WatchMounts(ctx, m.options); err != nil {
+		m.log.close()
+		return nil, err
+	}
+	var st unix.Statx_t
+	mounts, err := kernstream.Mounts(m.options)
+	if err == nil {
+		err = os.NewSyscallError("statx", statMount(int(m.root.Fd()), &st))
+	}
+	if err != nil {
+		m.close()
+		return nil, asRecordError("statx", p.base, err)
+	}
+	m.table = make(map[uint32]*placeMount, len(mounts))
+	for i := range mounts {
+		m.learn(&mounts[i]).marked = uint64(mounts[i].MountInfoID) == st.Mnt_id
+	}
+	return m, nil
+}
+
+// close ends the watch. It may be called again.
+func (m *mountWatch) close() {
+	m.watcher.Close()
+	m.log.close()
+}
+
+// elsewhere tells whether the thread or process that the directory proc is of has another
+// mount namespace than the threads that run goroutines.
+func elsewhere(proc int) bool {
+	theirs, err := namespaceOf(proc, "ns/mnt")
+	ours := make(chan string)
+	go func() { // never on a thread that is locked
+		name, _ := namespaceOf(unix.AT_FDCWD, "/proc/thread-self/ns/mnt")
+		ours <- name
+	}()
+	return <-ours != theirs && err == nil
+}
+
+// learn enters a mount into the table.
+func (m *mountWatch) learn(mount *kernstream.Mount) *placeMount {
+	known := &placeMount{Mount: *mount}
+	m.table[mount.MountInfoID] = known
+	if mount.ID != 0 {
+		m.ids[mount.ID] = true
+	}
+	return known
+}
+
+// point returns where in the place a mount is, and whether its files are to be
+// recorded at all. A row that could not be read is one of those, whatever it is of.
+func (m *mountWatch) point(mount *kernstream.Mount) (string, bool) {
+	if mount.Raw != nil {
+		return "", true
+	}
+	point, below := within(m.base, mount.MountPoint)
+	return point, below && !pseudo[mount.FSType]
+}
+
+// errCovered is why a mount cannot be opened that is there.
+var errCovered = errors.New("another mount covers it")
+
+// open opens the root of a mount of the place.
+func (m *mountWatch) open(mount *kernstream.Mount, point string) (_ *os.File, err error) {
+	if mount.Raw != nil {
+		return nil, fmt.Errorf("its row of the mount table cannot be read: %q", mount.Raw)
+	}
+	fd := -1
+	switch {
+	case point == "/" && m.options.Namespace != nil:
+		return nil, errors.New("it covers the root directory")
+	case point == "/":
+		// From the directory that it covers there is no way to it.
+		fd, err = unix.Open(mount.MountPoint, unix.O_PATH|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	default:
+		// Not through a symbolic link that was put there since, and not out of
+		// the root.
+		fd, err = unix.Openat2(int(m.root.Fd()), point, &unix.OpenHow{
+			Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_NOFOLLOW,
+			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
+		})
+	}
+	switch err {
+	case nil:
+	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP:
+		return nil, errCovered
+	default:
+		return nil, os.NewSyscallError("openat2", err)
+	}
+	file := os.NewFile(uintptr(fd), point)
+	var st unix.Statx_t
+	err = statMount(fd, &st)
+	if err == nil && st.Mnt_id == uint64(mount.MountInfoID) {
+		return file, nil
+	}
+	file.Close()
+	if err != nil {
+		return nil, os.NewSyscallError("statx", err)
+	}
+	return nil, errCovered
+}
+
+// statMount finds out which mount a descriptor is on. It does not wait for a file system that hangs.
+func statMount(fd int, st *unix.Statx_t) error {
+	return unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, st)
+}
+
+// first returns the roots of the mounts below the root of the place that are there, and why others are
+// not recorded. One that is covered is not one of these: nobody reaches it.
+func (m *mountWatch) first() (files []*os.File, missing []string) {
+	for _, known := range m.unmarked() {
+		point, _ := m.point(&known.Mount)
+		if point == "/" {
+			continue // below what is recorded
+		}
+		file, err := m.open(&known.Mount, point)
+		switch {
+		case err == errCovered:
+		case err != nil:
+			missing = append(missing, fmt.Sprintf("%s is not recorded: %v", named(&known.Mount, point), err))
+		default:
+			known.marked = true
+			files = append(files, file)
+		}
+	}
+	return files, missing
+}
+
+// unmarked returns the mounts without a mark that should have one, the oldest first.
+func (m *mountWatch) unmarked() []*placeMount {
+	var found []*placeMount
+	for _, known := range m.table {
+		if _, recorded := m.point(&known.Mount); recorded && !known.marked {
+			found = append(found, known)
+		}
+	}
+	slices.SortFunc(found, func(a, b *placeMount) int {
+		return cmp.Or(cmp.Compare(a.ID, b.ID), cmp.Compare(a.MountInfoID, b.MountInfoID))
+	})
+	return found
+}
+
+// named is how a reason speaks of a mount.
+func named(mount *kernstream.Mount, point string) string {
+	if mount.Raw != nil {
+		return "a mount"
+	}
+	return fmt.Sprintf("%s on %s", mount.FSType, oneWord(point))
+}
+
+// oneWord returns s, quoted if it is not plain text.
+func oneWord(s string) string {
+	if quoted := fmt.Sprintf("%q", s); quoted[1:len(quoted)-1] != s || strings.Contains(s, " ") {
+		return quoted
+	}
+	return s
+}
+
+// tell takes an event of the watcher, as apply does.
+func (m *mountWatch) tell(e *kernstream.MountEvent, mark func(*os.File) error) (reasons []string) {
+	m.log.look()
+	if e.Resync && m.log.group == nil && len(e.Mounted)+len(e.Unmounted)+len(e.Moved) > 0 {
+		reasons = append(reasons, errMountsLost.Error())
+	}
+	return append(reasons, m.apply(e, mark)...)
+}
+
+// apply enters a change of the table, marks what has to be marked, and returns why the list is
+// not complete therefore.
+func (m *mountWatch) apply(e *kernstream.MountEvent, mark func(*os.File) error) (reasons []string) {
+	came := m.change(e)
+	if len(e.Mounted)+len(e.Unmounted)+len(e.Moved) == 0 {
+		return nil
+	}
+	for _, known := range m.unmarked() {
+		point, _ := m.point(&known.Mount)
+		file, err := m.open(&known.Mount, point)
+		if err == nil {
+			err = mark(file)
+			known.marked = err == nil
+			file.Close()
+		}
+		switch what := named(&known.Mount, point) + " came after the start of the recording"; {
+		case err == nil:
+			reasons = append(reasons, what+": what was accessed there before it was marked is missing")
+		case came[known]:
+			reasons = append(reasons, fmt.Sprintf("%s, and is not recorded: %v", what, err))
+		}
+	}
+	return reasons
+}
+
+// change enters a change of the table, and returns the mounts that came into the place by
+// it.
+func (m *mountWatch) change(e *kernstream.MountEvent) (came map[*placeMount]bool) {
+	came = map[*placeMount]bool{}
+	for i := range e.Unmounted {
+		delete(m.table, e.Unmounted[i].MountInfoID)
+	}
+	for _, changes := range [][]kernstream.MountChange{e.Moved, e.Changed} {
+		for i := range changes {
+			known := m.table[changes[i].New.MountInfoID]
+			if known == nil || !same(&known.Mount, &changes[i].New) {
+				continue
+			}
+			_, before := m.point(&known.Mount)
+			known.Mount = changes[i].New
+			came[known] = !before
+		}
+	}
+	for i := range e.Mounted {
+		// The first table may have it already.
+		if known := m.table[e.Mounted[i].MountInfoID]; known == nil || !same(&known.Mount, &e.Mounted[i]) {
+			came[m.learn(&e.Mounted[i])] = true
+		}
+	}
+	return came
+}
+
+// same tells whether two rows are of one mount.
+func same(a, b *kernstream.Mount) bool {
+	return a.MountInfoID == b.MountInfoID && (a.ID == b.ID || a.ID == 0 || b.ID == 0)
+}
+
+// finish ends the watch by a last look at the table, and returns why the list is not complete.
+// The watcher has ended.
+func (m *mountWatch) finish() (reasons []string) {
+	if err := m.watcher.Err(); err != nil {
+		return []string{fmt.Sprintf("mounts that came after the start are not known: %v", err)}
+	}
+	m.log.look()
+	mounts, err := kernstream.Mounts(m.options)
+	if err != nil {
+		return []string{fmt.Sprintf("mounts that came at the end are not known: %v", err)}
+	}
+	e, differs := m.compare(mounts)
+	reasons = m.apply(e, func(*os.File) error { return errEnded })
+	return append(reasons, m.log.passed(m.ids, differs)...)
+}
+
+// errEnded is why a mount is not marked that comes at the end.
+var errEnded = errors.New("the recording ends")
+
+// compare returns what is different in a table, as far as it counts here, and whether anything is.
+func (m *mountWatch) compare(mounts []kernstream.Mount) (_ *kernstream.MountEvent, differs bool) {
+	e := &kernstream.MountEvent{}
+	there := map[uint32]bool{}
+	for i := range mounts {
+		mount := &mounts[i]
+		known := m.table[mount.MountInfoID]
+		if known == nil || !same(&known.Mount, mount) {
+			e.Mounted = append(e.Mounted, *mount)
+			continue
+		}
+		there[mount.MountInfoID] = true
+		if !reflect.DeepEqual(known.Mount, *mount) {
+			e.Moved = append(e.Moved, kernstream.MountChange{Old: known.Mount, New: *mount})
+		}
+	}
+	for id, known := range m.table {
+		if !there[id] {
+			e.Unmounted = append(e.Unmounted, known.Mount)
+		}
+	}
+	return e, len(e.Mounted)+len(e.Moved)+len(e.Unmounted) > 0
+}

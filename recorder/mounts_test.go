@@ -1,0 +1,318 @@
+package recorder_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/testenv"
+	"github.com/kernstream/kernstream/recorder"
+)
+
+// What is mounted after the start of a recording. Not tested: a row of the mount table that cannot be
+// read, for the kernel writes none.
+
+// A later is a recording, and a process that mounts and opens what is in its place.
+type later struct {
+	testing.TB
+	*recorder.Recording
+	*helper
+	dir  string // for the process
+	base string // what the list has in the place of that: "" for a directory, which begins there
+}
+
+// laters are all kinds of targets, whose files are below dir.
+var laters = map[string]func(t testing.TB, dir string, options *recorder.Options) *later{
+	"directory": laterDirectory,
+	"container": laterContainer,
+	"command":   laterCommand,
+}
+
+func laterDirectory(t testing.TB, dir string, options *recorder.Options) *later {
+	h := newHelper(t, opener, "stdin").start()
+	return &later{t, record(t, recorder.Directory(dir), options), h, dir, ""}
+}
+
+func laterContainer(t testing.TB, dir string, options *recorder.Options) *later {
+	h := newContainer(t, dir)
+	return &later{t, record(t, recorder.Container(h.cmd.Process.Pid), options), h, "", ""}
+}
+
+func laterCommand(t testing.TB, dir string, options *recorder.Options) *later {
+	h := newHelper(t, opener, "stdin")
+	l := &later{t, record(t, recorder.Command(h.cmd), options), h, dir, dir}
+	t.Cleanup(h.end)
+	return l
+}
+
+// do lets the process do something, with DIR for the place.
+func (l *later) do(lines ...string) {
+	l.Helper()
+	for _, line := range lines {
+		l.open(strings.ReplaceAll(line, "DIR", l.dir))
+	}
+}
+
+// untilRecorded lets the process open a file again and again, until it is recorded: the mount
+// that it is on has a mark then.
+func (l *later) untilRecorded(name string) {
+	l.Helper()
+	files := l.Progress().Files
+	waitFor(l, "the mark for "+name, func() bool {
+		l.do(name)
+		return l.Progress().Files > files
+	})
+}
+
+// list ends the process, and the recording.
+func (l *later) list() *recorder.List {
+	l.Helper()
+	l.end()
+	if l.base == "" && l.dir != "" {
+		l.Recording.Close()
+	}
+	_, list := finish(l, l.Recording)
+	do(l, l.Err())
+	return list
+}
+
+// recorded checks which files of the place are in a list.
+func (l *later) recorded(list *recorder.List, want ...string) {
+	l.Helper()
+	if got := paths(list, l.base); !slices.Equal(got, want) {
+		l.Errorf("recorded %q; want %q", got, want)
+	}
+}
+
+// TestLaterMount: a file system that is mounted below the root while it is recorded is recorded from
+// then on, and the list says that something of it may be missing. It can be unmounted.
+func TestLaterMount(t *testing.T) {
+	for target, start := range laters {
+		for on, makeDir := range map[string]func(testing.TB) string{"tmpfs": tmpfs, "overlay": func(t testing.TB) string { return overlay(t) }} {
+			t.Run(target+" on "+on, func(t *testing.T) {
+				needRecorder(t)
+				dir := makeDir(t)
+				writeFile(t, dir+"/before")
+				do(t, os.Mkdir(dir+"/mnt", 0o755))
+				l := start(t, dir, nil)
+				waitFor(t, "the first file", func() bool { l.do("DIR/before"); return l.Progress().Files > 0 })
+				l.do("tmpfs: DIR/mnt file")
+				l.untilRecorded("DIR/mnt/file")
+				l.do("umount: DIR/mnt", "DIR/before")
+				list := l.list()
+				wantIncomplete(t, list, fmt.Sprintf("tmpfs on %s/mnt came after the start of the recording: what was accessed", l.base))
+				if len(list.Reasons) != 1 {
+					t.Errorf("reasons %q", list.Reasons)
+				}
+				l.recorded(list, "before", "mnt/file")
+			})
+		}
+	}
+}
+
+// TestLaterDescriptors: files on a mount that came later are open as others are, where that is asked
+// for, and the recording is of one process tree as before.
+func TestLaterDescriptors(t *testing.T) {
+	needRecorder(t)
+	dir := tmpfs(t)
+	writeFile(t, dir+"/before")
+	do(t, os.Mkdir(dir+"/mnt", 0o755))
+	h := newHelper(t, opener, "stdin").start()
+	other := newHelper(t, opener, "stdin").start()
+	for _, descriptors := range []bool{false, true} {
+		r := record(t, recorder.Directory(dir), &recorder.Options{Descriptors: descriptors, Tree: h.cmd.Process.Pid})
+		l := &later{t, r, h, dir, ""}
+		l.do("tmpfs: DIR/mnt file", "DIR/before")
+		do(t, os.WriteFile(dir+"/mnt/other", nil, 0o644))
+		l.untilRecorded("DIR/mnt/file")
+		other.open(dir+"/mnt/other", dir+"/before")
+		accesses := r.Progress().Accesses
+		waitFor(t, "an access after the other's", func() bool { l.do("DIR/mnt/file"); return r.Progress().Accesses > accesses })
+		for _, want := range []string{"/before", "/mnt/file"} {
+			a := <-r.C
+			if a.Path != want || descriptors != (a.File != nil) {
+				t.Errorf("access %v, file %v; want %s", a, a.File, want)
+			}
+			a.Close()
+		}
+		r.Close()
+		_, list := finish(t, r)
+		l.recorded(list, "before", "mnt/file")
+		wantIncomplete(t, list, "tmpfs on /mnt")
+		l.do("umount: DIR/mnt")
+	}
+}
+
+// TestLaterKinds: what of the mounts that come later is a reason, and which files of theirs are recorded.
+func TestLaterKinds(t *testing.T) {
+	for name, c := range map[string]struct {
+		do     []string
+		file   string // which is recorded then; empty: none
+		reason string // empty: none, the list is complete
+	}{
+		// Marks are of mounts, so that a second one of the same files has none.
+		"bind":         {[]string{"bind: DIR/in DIR/mnt"}, "mnt/file", "tmpfs on /mnt came"},
+		"bind of file": {[]string{"bind: DIR/in/file DIR/other"}, "other", "tmpfs on /other came"},
+		"overlay":      {[]string{"overlay: DIR/in:DIR/mnt DIR/mnt"}, "mnt/file", "overlay on /mnt came"},
+		"moved into":   {[]string{"move: DIR/../out/mnt DIR/mnt"}, "mnt/file", "tmpfs on /mnt came"},
+		"uncovered":    {[]string{"detach: DIR/covered"}, "covered/file", "tmpfs on /covered came"},
+		"on the root":  {[]string{"tmpfs: DIR file"}, "file", "tmpfs on / came"},
+		"text":         {[]string{"bind: DIR/in DIR/a\x01b\xff"}, "a\x01b\xff/file", `tmpfs on "/a\x01b\xff" came`},
+		"pseudo":       {[]string{"proc: DIR/mnt"}, "", ""},
+		"elsewhere":    {[]string{"tmpfs: DIR/../out"}, "", ""},
+		"beside":       {[]string{"tmpfs: DIR/../recorded-too"}, "", ""},
+		"moved out":    {[]string{"move: DIR/covered DIR/../out"}, "covered/file", "tmpfs on /covered came"},
+		"moved within": {[]string{"move: DIR/marked DIR/mnt"}, "mnt/file", ""},
+		"covered":      {[]string{"tmpfs: DIR/in", "tmpfs: DIR/in file"}, "in/file", "tmpfs on /in came"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			needRecorder(t)
+			base := tmpfs(t)
+			dir := base + "/recorded"
+			for _, sub := range []string{"in", "mnt", "covered", "marked", "a\x01b\xff", "../out", "../recorded-too"} {
+				do(t, os.MkdirAll(filepath.Join(dir, sub), 0o755))
+			}
+			for _, file := range []string{"in/file", "other"} {
+				writeFile(t, filepath.Join(dir, file))
+			}
+			for _, sub := range []string{"covered", "marked", "../out"} {
+				do(t, unix.Mount("before", filepath.Join(dir, sub), "tmpfs", 0, ""))
+				writeFile(t, filepath.Join(dir, sub, "file"))
+			}
+			do(t, unix.Mount("above", dir+"/covered", "tmpfs", 0, ""))
+			do(t, os.Mkdir(base+"/out/mnt", 0o755))
+			do(t, unix.Mount("moves", base+"/out/mnt", "tmpfs", 0, ""))
+			writeFile(t, base+"/out/mnt/file")
+			l := laterDirectory(t, dir, nil)
+			l.do(c.do...)
+			if c.file != "" {
+				l.untilRecorded("DIR/" + c.file)
+			}
+			list := l.list()
+			if c.reason == "" {
+				wantComplete(t, list)
+			} else {
+				wantIncomplete(t, list, c.reason)
+			}
+			if c.file == "" {
+				l.recorded(list)
+			} else {
+				l.recorded(list, c.file)
+			}
+		})
+	}
+}
+
+// TestLaterRoot: what is mounted on the root directory of a container is said not to be recorded.
+func TestLaterRoot(t *testing.T) {
+	needRecorder(t)
+	l := laterContainer(t, overlay(t), nil)
+	l.do("tmpfs: /")
+	list := l.list()
+	wantIncomplete(t, list, "tmpfs on / came after the start of the recording, and is not recorded: it covers the root directory")
+}
+
+// TestLaterAtTheEnd: a mount that comes right before the end is seen, too, and so is one that is
+// gone again at once.
+func TestLaterAtTheEnd(t *testing.T) {
+	needRecorder(t)
+	for i := range testenv.SoakN(5) {
+		for line, reason := range map[string]string{"tmpfs: %s/mnt": "tmpfs on", "tmpfs: %[1]s/mnt\numount: %[1]s/mnt": "came"} {
+			dir := tmpfs(t)
+			do(t, os.Mkdir(dir+"/mnt", 0o755))
+			args := strings.Split(fmt.Sprintf(line, dir), "\n")
+			cmd := testenv.Child(t, opener, args...)
+			r := record(t, recorder.Command(cmd), nil)
+			_, list := finish(t, r)
+			do(t, cmd.Wait())
+			wantIncomplete(t, list, reason)
+
+			r = record(t, recorder.Directory(dir), nil)
+			do(t, testenv.Child(t, opener, args...).Run())
+			r.Close()
+			_, list = finish(t, r)
+			wantIncomplete(t, list, reason)
+			if len(args) == 1 {
+				detach(t, dir+"/mnt")
+			}
+			if t.Failed() {
+				t.Fatalf("round %d: %q", i, args)
+			}
+		}
+	}
+}
+
+// TestLaterOneMount: who asked for one mount is told nothing of others.
+func TestLaterOneMount(t *testing.T) {
+	needRecorder(t)
+	dir := tmpfs(t)
+	writeFile(t, dir+"/file")
+	do(t, os.Mkdir(dir+"/mnt", 0o755))
+	l := laterDirectory(t, dir, &recorder.Options{OneMount: true})
+	l.do("tmpfs: DIR/mnt file", "DIR/mnt/file")
+	l.untilRecorded("DIR/file")
+	list := l.list()
+	wantComplete(t, list)
+	l.recorded(list, "file")
+}
+
+// TestLaterNamespace: what a process mounts in a mount namespace of its own is not seen, and not
+// missed.
+func TestLaterNamespace(t *testing.T) {
+	needRecorder(t)
+	dir := tmpfs(t)
+	writeFile(t, dir+"/file")
+	do(t, os.Mkdir(dir+"/mnt", 0o755))
+	h := newHelper(t, opener, "stdin")
+	h.cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}
+	h.start()
+	r := record(t, recorder.Directory(dir), nil)
+	h.open("tmpfs: "+dir+"/mnt file", dir+"/mnt/file")
+	cmd := exec.Command("cat", dir+"/file")
+	do(t, cmd.Run())
+	r.Close()
+	_, list := finish(t, r)
+	wantComplete(t, list)
+	wantPaths(t, list, "", "file")
+}
+
+// TestLaterMany: of many mounts the first are named, and the others counted.
+func TestLaterMany(t *testing.T) {
+	needRecorder(t)
+	const mounts = 20
+	dir := tmpfs(t)
+	for i := range mounts {
+		do(t, os.Mkdir(fmt.Sprintf("%s/%02d", dir, i), 0o755))
+	}
+	l := laterCommand(t, dir, nil)
+	for i := range mounts {
+		l.do(fmt.Sprintf("tmpfs: DIR/%02d", i))
+	}
+	list := l.list()
+	wantIncomplete(t, list, "and 4 more of that kind")
+	if len(list.Reasons) != 17 || !strings.Contains(list.Reasons[15], fmt.Sprintf("tmpfs on %s/15 came", dir)) {
+		t.Errorf("reasons %q", list.Reasons)
+	}
+}
+
+// TestLaterServed: a client gets the reason of a server.
+func TestLaterServed(t *testing.T) {
+	needRecorder(t)
+	dir := tmpfs(t)
+	do(t, os.Mkdir(dir+"/mnt", 0o755))
+	r, served := connect(t, &recorder.ServeOptions{Target: recorder.Directory(dir)}, nil)
+	l := &later{t, r, newHelper(t, opener, "stdin").start(), dir, ""}
+	l.do("tmpfs: DIR/mnt file")
+	l.untilRecorded("DIR/mnt/file")
+	list := l.list()
+	do(t, served())
+	wantIncomplete(t, list, "tmpfs on /mnt came")
+	l.recorded(list, "mnt/file")
+}
