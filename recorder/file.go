@@ -81,11 +81,7 @@ func (l *List) WriteFile(name string) error {
 			return recordError("write", name, err)
 		}
 	}
-	mode := fs.FileMode(0o666)
-	if st != nil {
-		mode = st.Mode().Perm()
-	}
-	if err := l.replace(name, mode); err != nil {
+	if err := l.replace(name, st); err != nil {
 		return recordError("write", name, err)
 	}
 	return nil
@@ -102,18 +98,24 @@ func (l *List) writeThrough(name string) error {
 	return nil
 }
 
-// replace puts a file with the list in the place of name.
-func (l *List) replace(name string, mode fs.FileMode) error {
+// replace puts a file with the list in the place of name. It has the permissions of old, if that is not
+// nil.
+func (l *List) replace(name string, old fs.FileInfo) error {
 	dir, err := os.Open(filepath.Dir(name))
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	f, temporary, err := temporaryFile(dir, mode)
+	f, temporary, err := temporaryFile(dir)
 	if err != nil {
 		return err
 	}
-	err = l.Write(f)
+	if old != nil {
+		err = f.Chmod(old.Mode().Perm())
+	}
+	if err == nil {
+		err = l.Write(f)
+	}
 	if err == nil {
 		err = f.Sync()
 	}
@@ -133,8 +135,9 @@ func (l *List) replace(name string, mode fs.FileMode) error {
 }
 
 // temporaryFile makes a file in dir, without a name if that can be.
-func temporaryFile(dir *os.File, mode fs.FileMode) (f *os.File, name string, err error) {
-	fd, err := unix.Open(dir.Name(), unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, uint32(mode))
+func temporaryFile(dir *os.File) (f *os.File, name string, err error) {
+	const mode = 0o666
+	fd, err := unix.Open(dir.Name(), unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, mode)
 	if err == nil {
 		return os.NewFile(uintptr(fd), dir.Name()), "", nil
 	}

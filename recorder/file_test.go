@@ -114,10 +114,12 @@ func TestWriteFile(t *testing.T) {
 	for range 2 {
 		do(t, sampleList().WriteFile(name))
 	}
-	do(t, os.Chmod(name, 0o640))
-	do(t, sampleList().WriteFile(link))
-	if st, err := os.Lstat(name); err != nil || st.Mode() != 0o640 {
-		t.Errorf("the file has mode %v, %v", st.Mode(), err)
+	for _, mode := range []os.FileMode{0o640, 0o666} { // what umask leaves, and what it does not
+		do(t, os.Chmod(name, mode))
+		do(t, sampleList().WriteFile(link))
+		if st, err := os.Lstat(name); err != nil || st.Mode() != mode {
+			t.Errorf("the file has mode %v, %v; want %v", st.Mode(), err, mode)
+		}
 	}
 	if st, err := os.Lstat(link); err != nil || st.Mode().Type() != os.ModeSymlink {
 		t.Errorf("the link has mode %v, %v", st.Mode(), err)
