@@ -4,9 +4,11 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -16,12 +18,15 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kernstream/kernstream"
 	"github.com/kernstream/kernstream/internal/testenv"
+	"github.com/kernstream/kernstream/recorder"
 )
 
 func TestMain(m *testing.M) { testenv.MainInNamespace(m) }
 
 func init() {
+	testenv.RegisterChild("limited", limitedMain)
 	testenv.RegisterChild("memfs", func(args []string) int {
 		os.Args = append([]string{"memfs"}, args...)
 		main()
@@ -176,6 +181,81 @@ func TestReadOnly(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "x"), nil, 0o644); !errors.Is(err, unix.EROFS) {
 		t.Errorf("write: %v", err)
 	}
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	end(t, dir, cmd)
+}
+
+// list is a record with as many files.
+func list(files int) *recorder.List {
+	l := &recorder.List{Complete: true}
+	for i := range files {
+		l.Entries = append(l.Entries, recorder.Entry{Path: fmt.Sprint("/file/", i), Ops: kernstream.OpOpen, Count: 1})
+	}
+	return l
+}
+
+// limitedMain writes a record to a file, in a process whose files may have 64 KiB.
+func limitedMain(args []string) int {
+	signal.Ignore(syscall.SIGXFSZ)
+	err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: 64 << 10, Max: 64 << 10})
+	if err == nil {
+		err = list(10_000).WriteFile(args[0])
+	}
+	fmt.Println(err)
+	if errors.Is(err, unix.EFBIG) {
+		return 0
+	}
+	return 1
+}
+
+// A record is written whole or not at all on a file system like this, too, which has no files without
+// a name (O_TMPFILE): the old file stays when the new one cannot be written, and nothing
+// else is left.
+func TestRecord(t *testing.T) {
+	dir, cmd := start(t)
+	if fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600); err != unix.EOPNOTSUPP {
+		unix.Close(fd)
+		t.Fatalf("O_TMPFILE: %v; want EOPNOTSUPP", err)
+	}
+	name := filepath.Join(dir, "record")
+	check := func(files int, mode fs.FileMode) {
+		t.Helper()
+		file, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		if l, err := recorder.ReadList(file); err != nil || len(l.Entries) != files {
+			t.Errorf("read %v; want %d files", err, files)
+		}
+		if info, err := file.Stat(); err != nil || info.Mode() != mode {
+			t.Errorf("the file is %v, %v; want %v", info, err, mode)
+		}
+		if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+			t.Errorf("the directory has %v, %v", entries, err)
+		}
+	}
+	old := syscall.Umask(0o022)
+	err := list(3).WriteFile(name)
+	syscall.Umask(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(3, 0o644)
+	if err := os.Chmod(name, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	out, err := testenv.Child(t, "limited", name).Output()
+	if text := string(out); err != nil || !strings.Contains(text, "record: write "+name) {
+		t.Errorf("%v: %s", err, text)
+	}
+	check(3, 0o666)
+	if err := list(2000).WriteFile(name); err != nil {
+		t.Fatal(err)
+	}
+	check(2000, 0o666)
 	if err := unix.Unmount(dir, 0); err != nil {
 		t.Fatal(err)
 	}
