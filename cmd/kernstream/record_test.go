@@ -164,6 +164,26 @@ func TestRecordIncomplete(t *testing.T) {
 	}
 }
 
+// TestRecordMount: a record of a command that mounts something is incomplete, and says what it was.
+func TestRecordMount(t *testing.T) {
+	needRecord(t)
+	testenv.NeedTool(t, "mount")
+	dir := recordedDir(t, "a")
+	file := filepath.Join(t.TempDir(), "record")
+	r := kernstreamRun(t, "record", "-o", file, "--", "/bin/sh", "-c", "cat "+dir+"/a; mount -t tmpfs later "+dir)
+	want := "tmpfs on " + dir + " came after the start of the recording"
+	if r.status != exitIncomplete || !strings.Contains(r.stderr, "the record is incomplete: "+want) {
+		t.Errorf("status %d, errors %q", r.status, r.stderr)
+	}
+	if list := readRecord(t, file); list.Complete || len(list.Reasons) != 1 || !strings.HasPrefix(list.Reasons[0], want) || fmt.Sprint(below(list, dir)) != "[a]" {
+		t.Errorf("complete: %v, %q, %q", list.Complete, list.Reasons, below(list, dir))
+	}
+	r = kernstreamRun(t, "record", "-one-mount", "-o", file, "--", "/bin/sh", "-c", "mount -t tmpfs later "+dir)
+	if list := readRecord(t, file); r.status != 0 || !list.Complete {
+		t.Errorf("one mount: status %d, %q", r.status, list.Reasons)
+	}
+}
+
 // TestRecordOverflow: what the kernel's queue has no room for makes the record incomplete. The
 // recorder is stopped while more files are opened than the queue holds.
 func TestRecordOverflow(t *testing.T) {
