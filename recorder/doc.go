@@ -21,8 +21,8 @@
 // A [Recording] is a stream of the first access to each file, and ends as a
 // [List], with how often each was accessed and a verdict: complete means that between the
 // start and the end of the recording no access by way of the mounts that are recorded was missed.
-// Whatever makes that uncertain (the kernel's queue was full, a file could not be named, a connection
-// broke) makes it incomplete, and is among the reasons.
+// Whatever makes that uncertain (the kernel's queue was full, a file could not be named, something was
+// mounted meanwhile, a connection broke) makes it incomplete, and is among the reasons.
 //
 // It stands on fanotify(7), by way of [kernstream.WatchFiles]. Files are recorded, not what is
 // read of them; what is mapped counts as opened. The kernel merges the accesses of a process to a file

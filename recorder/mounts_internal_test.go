@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kernstream/kernstream"
 	"github.com/kernstream/kernstream/internal/testenv"
 	"github.com/kernstream/kernstream/poller"
 )
@@ -117,5 +118,57 @@ func TestMountLogLost(t *testing.T) {
 	}
 	if got := l.passed(nil, false); len(got) != 2 {
 		t.Errorf("reasons %q", got)
+	}
+}
+
+// TestMountWatchOdd: what a kernel may tell, and none was seen to: a row that cannot be read, a table that
+// was read again, and an ID that is another mount's.
+func TestMountWatchOdd(t *testing.T) {
+	m := &mountWatch{base: "/base", log: &mountLog{}, ids: map[uint64]bool{}}
+	never := func(*os.File) error { t.Error("marked"); return nil }
+	first := kernstream.Mount{ID: 70, MountInfoID: 7, MountPoint: "/base/a", FSType: "proc"}
+	m.table = map[uint32]*placeMount{}
+	m.learn(&first)
+	odd := kernstream.Mount{ID: 80, MountInfoID: 8, Raw: []byte("8 odd")}
+	if got := m.apply(&kernstream.MountEvent{Mounted: []kernstream.Mount{odd}}, never); len(got) != 1 || !strings.Contains(got[0], `a mount came after the start of the recording, and is not recorded: its row of the mount table cannot be read: "8 odd"`) {
+		t.Errorf("an odd row: %q", got)
+	}
+	if files, missing := m.first(); len(files) != 0 || len(missing) != 1 || !strings.HasPrefix(missing[0], "a mount is not recorded: ") {
+		t.Errorf("an odd row at the start: %q", missing)
+	}
+	other := first
+	other.ID = 71
+	if m.apply(&kernstream.MountEvent{Unmounted: []kernstream.Mount{other}}, never); m.table[7] == nil {
+		t.Error("another mount's end is taken for that of one with the same MountInfoID")
+	}
+	if m.apply(&kernstream.MountEvent{Unmounted: []kernstream.Mount{first}, Mounted: []kernstream.Mount{other}}, never); m.table[7].ID != 71 || !m.ids[71] {
+		t.Errorf("the table has %+v", m.table[7])
+	}
+}
+
+// TestMountWatchResync: who is not told of each mount learns from a table that was read again that there may have been others.
+func TestMountWatchResync(t *testing.T) {
+	l := newLog(t)
+	fd, err := unix.Open("/proc/thread-self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := &mountLog{table: poller.Own(fd)}
+	defer table.close()
+	proc := kernstream.Mount{MountInfoID: 7, MountPoint: "/base/a", FSType: "proc"}
+	for _, c := range []struct {
+		log  *mountLog
+		e    kernstream.MountEvent
+		want bool
+	}{
+		{table, kernstream.MountEvent{Resync: true, Mounted: []kernstream.Mount{proc}}, true},
+		{table, kernstream.MountEvent{Resync: true, Changed: []kernstream.MountChange{{Old: proc, New: proc}}}, false},
+		{table, kernstream.MountEvent{Mounted: []kernstream.Mount{proc}}, false},
+		{l, kernstream.MountEvent{Resync: true, Mounted: []kernstream.Mount{proc}}, l.group == nil},
+	} {
+		m := &mountWatch{base: "/base", log: c.log, ids: map[uint64]bool{}, table: map[uint32]*placeMount{}}
+		if got := m.tell(&c.e, nil); (got != nil) != c.want {
+			t.Errorf("%v: %q; want a reason: %v", &c.e, got, c.want)
+		}
 	}
 }

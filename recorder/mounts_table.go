@@ -220,15 +220,18 @@ func (m *mountWatch) apply(e *kernstream.MountEvent, mark func(*os.File) error) 
 	for _, known := range m.unmarked() {
 		point, _ := m.point(&known.Mount)
 		file, err := m.open(&known.Mount, point)
+		if err != nil && !came[known] {
+			continue // as before
+		}
 		if err == nil {
 			err = mark(file)
 			known.marked = err == nil
 			file.Close()
 		}
-		switch what := named(&known.Mount, point) + " came after the start of the recording"; {
-		case err == nil:
+		what := named(&known.Mount, point) + " came after the start of the recording"
+		if err == nil {
 			reasons = append(reasons, what+": what was accessed there before it was marked is missing")
-		case came[known]:
+		} else {
 			reasons = append(reasons, fmt.Sprintf("%s, and is not recorded: %v", what, err))
 		}
 	}
@@ -240,12 +243,14 @@ func (m *mountWatch) apply(e *kernstream.MountEvent, mark func(*os.File) error) 
 func (m *mountWatch) change(e *kernstream.MountEvent) (came map[*placeMount]bool) {
 	came = map[*placeMount]bool{}
 	for i := range e.Unmounted {
-		delete(m.table, e.Unmounted[i].MountInfoID)
+		if known := m.known(&e.Unmounted[i]); known != nil {
+			delete(m.table, known.MountInfoID)
+		}
 	}
 	for _, changes := range [][]kernstream.MountChange{e.Moved, e.Changed} {
 		for i := range changes {
-			known := m.table[changes[i].New.MountInfoID]
-			if known == nil || !same(&known.Mount, &changes[i].New) {
+			known := m.known(&changes[i].New)
+			if known == nil {
 				continue
 			}
 			_, before := m.point(&known.Mount)
@@ -255,16 +260,21 @@ func (m *mountWatch) change(e *kernstream.MountEvent) (came map[*placeMount]bool
 	}
 	for i := range e.Mounted {
 		// The first table may have it already.
-		if known := m.table[e.Mounted[i].MountInfoID]; known == nil || !same(&known.Mount, &e.Mounted[i]) {
+		if m.known(&e.Mounted[i]) == nil {
 			came[m.learn(&e.Mounted[i])] = true
 		}
 	}
 	return came
 }
 
-// same tells whether two rows are of one mount.
-func same(a, b *kernstream.Mount) bool {
-	return a.MountInfoID == b.MountInfoID && (a.ID == b.ID || a.ID == 0 || b.ID == 0)
+// known returns what is known of a mount, or nil. The table may have another one with
+// its MountInfoID.
+func (m *mountWatch) known(mount *kernstream.Mount) *placeMount {
+	known := m.table[mount.MountInfoID]
+	if known == nil || known.ID != mount.ID && known.ID != 0 && mount.ID != 0 {
+		return nil
+	}
+	return known
 }
 
 // finish ends the watch by a last look at the table, and returns why the list is not complete.
@@ -292,8 +302,8 @@ func (m *mountWatch) compare(mounts []kernstream.Mount) (_ *kernstream.MountEven
 	there := map[uint32]bool{}
 	for i := range mounts {
 		mount := &mounts[i]
-		known := m.table[mount.MountInfoID]
-		if known == nil || !same(&known.Mount, mount) {
+		known := m.known(mount)
+		if known == nil {
 			e.Mounted = append(e.Mounted, *mount)
 			continue
 		}

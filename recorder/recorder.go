@@ -23,8 +23,8 @@ type Options struct {
 	Ops kernstream.FileOp
 
 	// OneMount records only what is on the same mount as the root of the target:
-	// the image of a container, without its volumes. Otherwise all mounts that the
-	// target has when the recording begins are recorded, except those of file systems
+	// the image of a container, without its volumes. Otherwise all mounts of the
+	// target are recorded, also those that come later (see [Record]), except those of file systems
 	// that are the kernel's own (proc, sysfs, cgroup2 and the like).
 	OneMount bool
 
@@ -124,17 +124,29 @@ type Recording struct {
 // microsecond for an access; where not (overlay, FUSE), the kernel opens each for a
 // moment, which costs four times as much.
 //
-// It is not recorded what a process does in another mount namespace than the
-// target's, what is on mounts that are made after the start, and what this process
-// does itself. Mapping a file is an open, the pages that are touched are not seen.
-// The mounts in question are busy meanwhile. A FUSE file system whose server is gone is left out,
-// since nobody opens a file there; one of another user, who allows nobody else, is left out, too, and
-// the list is incomplete. Another mount that cannot be opened is an error.
+// What is mounted, moved or uncovered below the root after the start (a bind mount of what is recorded
+// anyway, too, since marks are of mounts) is recorded from some hundred microseconds later on. What was accessed before
+// that is missing, so each such mount makes the list incomplete, and is named by a
+// reason; those of the kernel's own file systems do not. So does a mount that is gone again before it could be
+// looked at, wherever in the mount namespace it was. Before Linux 6.15 one is not noticed if other mounts come
+// or go after it. The order between a mount that came later and the others is that in which the recorder learned of
+// the accesses. To follow the mounts costs what [kernstream.WatchMounts] costs, and nothing for an access.
 //
-// Record needs CAP_SYS_ADMIN, for mount marks; CAP_DAC_READ_SEARCH, for paths; of a
+// It is not recorded what a process does in another mount namespace than the
+// target's, mounts that it makes there included, and what this process
+// does itself. Mapping a file is an open, the pages that are touched are not seen.
+// The mounts that are there at the start are busy meanwhile; a later one is while an access waits in the
+// kernel's queue, and can be unmounted after that. A FUSE file system whose server is gone is left out,
+// since nobody opens a file there; one of another user, who allows nobody else, is left out, too, and
+// the list is incomplete. Another mount of the start that cannot be opened is an error.
+//
+// Record needs CAP_SYS_ADMIN, for mount marks; CAP_DAC_READ_SEARCH, for paths; unless there is to be
+// one mount only, CAP_SYS_CHROOT, to read the mount table of a command or a container; of a
 // container the permission to look at /proc/PID/root (ptrace(2)). In a user namespace
-// it works for file systems that were mounted there (Linux 6.16). Options may be nil. The
-// error is an OpError of the source "record" or "file", which Is fs.ErrPermission for want of a
+// it works for directories of file systems that were mounted there (Linux 6.16), and what is
+// mounted later is not recorded. It takes up to four of the 128 fanotify groups that a user may
+// have, and one more once something is mounted. Options may be nil. The
+// error is an OpError of the source "record", "file" or "mount", which Is fs.ErrPermission for want of a
 // privilege, and os.ErrProcessDone if the container's process is gone.
 func Record(ctx context.Context, target Target, options *Options) (*Recording, error) {
 	if ctx.Err() != nil {
