@@ -17,8 +17,9 @@ import (
 // towards the limit until the kernel is through with them.
 var closed atomic.Int64
 
-// linger is how long that may take.
-const linger = 200 * time.Millisecond
+// linger is how long that may take, while others close groups, too: the kernel gets rid of about a
+// hundred in a second.
+const linger = time.Second
 
 // Close calls end, which closes the descriptors fds of groups. These are gone
 // when it returns.
