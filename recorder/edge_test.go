@@ -191,7 +191,7 @@ func TestCommandCut(t *testing.T) {
 	for _, byClose := range []bool{false, true} {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		h := newHelper(t, opener, "stdin")
-		r, err := recorder.Record(ctx, recorder.Command(h.cmd), nil)
+		r, err := recordUntil(t, ctx, recorder.Command(h.cmd), nil)
 		do(t, err)
 		h.open(dir + "/a")
 		if _, err := r.List(); err == nil {

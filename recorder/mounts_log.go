@@ -15,8 +15,8 @@ import (
 // A mountLog tells whether mounts came and went before anybody could look at them: a mount
 // table is not told of those.
 //
-// From Linux 6.15 on the kernel names each mount that is attached in a namespace (see
-// [kernstream.ViaFanotify]). Where that is not to be had, all that it tells is that something
+// From Linux 6.15 on the kernel names each mount that is attached in a namespace, in the queue of a
+// fanotify group (see [kernstream.ViaFanotify]). Where that is not to be had, all that it tells is that something
 // about the table has changed since it was asked last; if there is nothing else to explain that, it
 // was such a mount.
 type mountLog struct {

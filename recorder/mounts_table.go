@@ -15,7 +15,8 @@ import (
 	"github.com/kernstream/kernstream"
 )
 
-// A mountWatch follows the mounts of a place.
+// A mountWatch follows the mounts of a place. It does so by mountinfo: fanotify would take another group
+// of the few that a user may have.
 type mountWatch struct {
 	watcher *kernstream.MountWatcher
 	options *kernstream.MountOptions // whose mounts
@@ -36,7 +37,8 @@ type placeMount struct {
 // newMountWatch begins to follow the mount table of the thread or process that the directory
 // proc is of, whose namespace is p's unless it is the caller's own.
 func newMountWatch(ctx context.Context, p *place, proc int) (_ *mountWatch, err error) {
-	m := &mountWatch{root: p.root, base: p.base, options: &kernstream.MountOptions{NoInitial: true}, ids: map[uint64]bool{}}
+	m := &mountWatch{root: p.root, base: p.base, ids: map[uint64]bool{}}
+	m.options = &kernstream.MountOptions{NoInitial: true, Via: kernstream.ViaMountinfo}
 	if elsewhere(proc) {
 		m.options.Namespace = p.namespace
 	}
@@ -204,10 +206,7 @@ func oneWord(s string) string {
 // tell takes an event of the watcher, as apply does.
 func (m *mountWatch) tell(e *kernstream.MountEvent, mark func(*os.File) error) (reasons []string) {
 	m.log.look()
-	if e.Resync && m.log.group == nil && len(e.Mounted)+len(e.Unmounted)+len(e.Moved) > 0 {
-		reasons = append(reasons, errMountsLost.Error())
-	}
-	return append(reasons, m.apply(e, mark)...)
+	return m.apply(e, mark)
 }
 
 // apply enters a change of the table, marks what has to be marked, and returns why the list is

@@ -23,8 +23,9 @@ type later struct {
 	testing.TB
 	*recorder.Recording
 	*helper
-	dir  string // for the process
-	base string // what the list has in the place of that: "" for a directory, which begins there
+	dir      string // for the process
+	base     string // what the list has in the place of that: "" for a directory, which begins there
+	received []*recorder.Access
 }
 
 // laters are all kinds of targets, whose files are below dir.
@@ -36,17 +37,17 @@ var laters = map[string]func(t testing.TB, dir string, options *recorder.Options
 
 func laterDirectory(t testing.TB, dir string, options *recorder.Options) *later {
 	h := newHelper(t, opener, "stdin").start()
-	return &later{t, record(t, recorder.Directory(dir), options), h, dir, ""}
+	return &later{TB: t, Recording: record(t, recorder.Directory(dir), options), helper: h, dir: dir}
 }
 
 func laterContainer(t testing.TB, dir string, options *recorder.Options) *later {
 	h := newContainer(t, dir)
-	return &later{t, record(t, recorder.Container(h.cmd.Process.Pid), options), h, "", ""}
+	return &later{TB: t, Recording: record(t, recorder.Container(h.cmd.Process.Pid), options), helper: h}
 }
 
 func laterCommand(t testing.TB, dir string, options *recorder.Options) *later {
 	h := newHelper(t, opener, "stdin")
-	l := &later{t, record(t, recorder.Command(h.cmd), options), h, dir, dir}
+	l := &later{TB: t, Recording: record(t, recorder.Command(h.cmd), options), helper: h, dir: dir, base: dir}
 	t.Cleanup(h.end)
 	return l
 }
@@ -59,15 +60,30 @@ func (l *later) do(lines ...string) {
 	}
 }
 
-// untilRecorded lets the process open a file again and again, until it is recorded: the mount
-// that it is on has a mark then.
+// untilRecorded lets the process open a file of the place again and again, until it is recorded: the
+// mount that it is on has a mark then.
 func (l *later) untilRecorded(name string) {
 	l.Helper()
-	files := l.Progress().Files
-	waitFor(l, "the mark for "+name, func() bool {
-		l.do(name)
-		return l.Progress().Files > files
+	waitFor(l, "the access to "+name, func() bool {
+		l.do("DIR/" + name)
+		return l.has(name)
 	})
+}
+
+// has tells whether a file of the place was received by now.
+func (l *later) has(name string) bool {
+	for {
+		select {
+		case a, ok := <-l.C:
+			if ok {
+				l.received = append(l.received, a)
+				a.Close()
+				continue
+			}
+		default:
+		}
+		return slices.ContainsFunc(l.received, func(a *recorder.Access) bool { return a.Path == l.base+"/"+name })
+	}
 }
 
 // list ends the process, and the recording.
@@ -101,9 +117,9 @@ func TestLaterMount(t *testing.T) {
 				writeFile(t, dir+"/before")
 				do(t, os.Mkdir(dir+"/mnt", 0o755))
 				l := start(t, dir, nil)
-				waitFor(t, "the first file", func() bool { l.do("DIR/before"); return l.Progress().Files > 0 })
+				l.untilRecorded("before")
 				l.do("tmpfs: DIR/mnt file")
-				l.untilRecorded("DIR/mnt/file")
+				l.untilRecorded("mnt/file")
 				l.do("umount: DIR/mnt", "DIR/before")
 				list := l.list()
 				wantIncomplete(t, list, fmt.Sprintf("tmpfs on %s/mnt came after the start of the recording: what was accessed", l.base))
@@ -127,19 +143,18 @@ func TestLaterDescriptors(t *testing.T) {
 	other := newHelper(t, opener, "stdin").start()
 	for _, descriptors := range []bool{false, true} {
 		r := record(t, recorder.Directory(dir), &recorder.Options{Descriptors: descriptors, Tree: h.cmd.Process.Pid})
-		l := &later{t, r, h, dir, ""}
-		l.do("tmpfs: DIR/mnt file", "DIR/before")
+		l := &later{TB: t, Recording: r, helper: h, dir: dir}
+		l.untilRecorded("before")
+		l.do("tmpfs: DIR/mnt file")
 		do(t, os.WriteFile(dir+"/mnt/other", nil, 0o644))
-		l.untilRecorded("DIR/mnt/file")
+		l.untilRecorded("mnt/file")
 		other.open(dir+"/mnt/other", dir+"/before")
 		accesses := r.Progress().Accesses
 		waitFor(t, "an access after the other's", func() bool { l.do("DIR/mnt/file"); return r.Progress().Accesses > accesses })
-		for _, want := range []string{"/before", "/mnt/file"} {
-			a := <-r.C
-			if a.Path != want || descriptors != (a.File != nil) {
-				t.Errorf("access %v, file %v; want %s", a, a.File, want)
+		for _, a := range l.received {
+			if descriptors != (a.File != nil) {
+				t.Errorf("access %v, file %v; want one: %v", a, a.File, descriptors)
 			}
-			a.Close()
 		}
 		r.Close()
 		_, list := finish(t, r)
@@ -192,7 +207,7 @@ func TestLaterKinds(t *testing.T) {
 			l := laterDirectory(t, dir, nil)
 			l.do(c.do...)
 			if c.file != "" {
-				l.untilRecorded("DIR/" + c.file)
+				l.untilRecorded(c.file)
 			}
 			list := l.list()
 			if c.reason == "" {
@@ -207,6 +222,31 @@ func TestLaterKinds(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestLaterHidden: mounts that cannot be reached when the recording begins, since others cover them, are
+// no reason for anything.
+func TestLaterHidden(t *testing.T) {
+	needRecorder(t)
+	dir := tmpfs(t)
+	for name, cover := range map[string]func(path string) error{
+		"nothing": func(string) error { return nil },
+		"file":    func(path string) error { return os.WriteFile(path, nil, 0o644) },
+		"link":    func(path string) error { return os.Symlink("/", path) },
+	} {
+		above := filepath.Join(dir, name)
+		do(t, os.MkdirAll(above+"/a/b", 0o755))
+		do(t, unix.Mount("hidden", above+"/a/b", "tmpfs", 0, ""))
+		do(t, unix.Mount("above", above, "tmpfs", 0, ""))
+		do(t, cover(above+"/a"))
+	}
+	writeFile(t, dir+"/seen")
+	l := laterDirectory(t, dir, nil)
+	l.untilRecorded("seen")
+	do(t, unix.Mount("proc", dir+"/nothing", "proc", 0, ""))
+	list := l.list()
+	wantComplete(t, list)
+	l.recorded(list, "seen")
 }
 
 // TestLaterRoot: what is mounted on the root directory of a container is said not to be recorded.
@@ -260,7 +300,7 @@ func TestLaterOneMount(t *testing.T) {
 	do(t, os.Mkdir(dir+"/mnt", 0o755))
 	l := laterDirectory(t, dir, &recorder.Options{OneMount: true})
 	l.do("tmpfs: DIR/mnt file", "DIR/mnt/file")
-	l.untilRecorded("DIR/file")
+	l.untilRecorded("file")
 	list := l.list()
 	wantComplete(t, list)
 	l.recorded(list, "file")
@@ -300,7 +340,13 @@ func TestLaterMany(t *testing.T) {
 	}
 	list := l.list()
 	wantIncomplete(t, list, "and 4 more of that kind")
-	if len(list.Reasons) != 17 || !strings.Contains(list.Reasons[15], fmt.Sprintf("tmpfs on %s/15 came", dir)) {
+	named := 0
+	for _, why := range list.Reasons {
+		if strings.HasPrefix(why, "tmpfs on "+dir) {
+			named++
+		}
+	}
+	if named != 16 || len(list.Reasons) != 17 {
 		t.Errorf("reasons %q", list.Reasons)
 	}
 }
@@ -311,9 +357,9 @@ func TestLaterServed(t *testing.T) {
 	dir := tmpfs(t)
 	do(t, os.Mkdir(dir+"/mnt", 0o755))
 	r, served := connect(t, &recorder.ServeOptions{Target: recorder.Directory(dir)}, nil)
-	l := &later{t, r, newHelper(t, opener, "stdin").start(), dir, ""}
+	l := &later{TB: t, Recording: r, helper: newHelper(t, opener, "stdin").start(), dir: dir}
 	l.do("tmpfs: DIR/mnt file")
-	l.untilRecorded("DIR/mnt/file")
+	l.untilRecorded("mnt/file")
 	list := l.list()
 	do(t, served())
 	wantIncomplete(t, list, "tmpfs on /mnt came")

@@ -217,10 +217,21 @@ func disk(t testing.TB) string {
 // record begins to record a target.
 func record(t testing.TB, target recorder.Target, options *recorder.Options) *recorder.Recording {
 	t.Helper()
-	r, err := recorder.Record(t.Context(), target, options)
+	r, err := recordUntil(t, t.Context(), target, options)
 	do(t, err)
 	t.Cleanup(func() { r.Close() })
 	return r
+}
+
+// recordUntil is recorder.Record, but waits for a fanotify group, if all of the user's are taken by other
+// tests.
+func recordUntil(t testing.TB, ctx context.Context, target recorder.Target, options *recorder.Options) (r *recorder.Recording, err error) {
+	t.Helper()
+	waitFor(t, "a fanotify group", func() bool {
+		r, err = recorder.Record(ctx, target, options)
+		return !errors.Is(err, unix.EMFILE)
+	})
+	return r, err
 }
 
 // finish receives to the end, and returns what was received and the list.

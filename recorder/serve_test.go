@@ -62,9 +62,13 @@ func serve(t testing.TB, ctx context.Context, conn net.Conn, options *recorder.S
 // connect serves a connection, and connects to it.
 func connect(t testing.TB, server *recorder.ServeOptions, client *recorder.ConnectOptions) (r *recorder.Recording, served func() error) {
 	t.Helper()
-	s, c := socketPair(t)
-	served = serve(t, t.Context(), s, server)
-	r, err := recorder.Connect(t.Context(), c, client)
+	var err error
+	waitFor(t, "a fanotify group", func() bool { // all of the user's may be taken by other tests
+		s, c := socketPair(t)
+		served = serve(t, t.Context(), s, server)
+		r, err = recorder.Connect(t.Context(), c, client)
+		return err == nil || !errors.Is(served(), unix.EMFILE)
+	})
 	do(t, err)
 	t.Cleanup(func() { r.Close() })
 	return r, served
