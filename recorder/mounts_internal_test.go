@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -150,5 +151,33 @@ func TestMountWatchOdd(t *testing.T) {
 	}
 	if m.apply(&kernstream.MountEvent{Unmounted: []kernstream.Mount{first}, Mounted: []kernstream.Mount{other}}, never); m.table[7].ID != 71 || !m.ids[71] {
 		t.Errorf("the table has %+v", m.table[7])
+	}
+}
+
+// TestMountWatchCompare: a table that differs from what is known is told as what came, went and changed.
+func TestMountWatchCompare(t *testing.T) {
+	m := &mountWatch{ids: map[uint64]bool{}, table: map[uint32]*placeMount{}}
+	mounts := []kernstream.Mount{{MountInfoID: 1, ID: 10}, {MountInfoID: 2, ID: 20}, {MountInfoID: 3, ID: 30}, {MountInfoID: 4}}
+	for i := range mounts {
+		m.learn(&mounts[i])
+	}
+	if e, differs := m.compare(mounts); differs {
+		t.Errorf("the same table: %v", e)
+	}
+	now := []kernstream.Mount{mounts[0], {MountInfoID: 2, ID: 20, MountPoint: "/moved"}, {MountInfoID: 3, ID: 31}, {MountInfoID: 5}}
+	e, differs := m.compare(now)
+	ids := func(mounts []kernstream.Mount) (ids []uint32) {
+		for i := range mounts {
+			ids = append(ids, mounts[i].MountInfoID)
+		}
+		slices.Sort(ids)
+		return ids
+	}
+	if !differs || fmt.Sprint(ids(e.Mounted), ids(e.Unmounted)) != "[3 5] [3 4]" || len(e.Moved) != 1 || e.Moved[0].New.MountPoint != "/moved" {
+		t.Errorf("%v; want 3 and 5 mounted, 3 and 4 unmounted, 2 moved", e)
+	}
+	m.change(e)
+	if e, differs := m.compare(now); differs {
+		t.Errorf("after that: %v", e)
 	}
 }

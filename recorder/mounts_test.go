@@ -132,6 +132,26 @@ func TestLaterMount(t *testing.T) {
 	}
 }
 
+// TestLaterDrained: what was accessed on a mount that came later before the end is in the list, however much
+// of it waits in the kernel's queue.
+func TestLaterDrained(t *testing.T) {
+	needRecorder(t)
+	const files = 500
+	dir := tmpfs(t)
+	do(t, os.Mkdir(dir+"/mnt", 0o755))
+	l := laterDirectory(t, dir, &recorder.Options{Descriptors: true}) // who does not come holds the recorder back
+	l.do("tmpfs: DIR/mnt file")
+	makeFiles(t, dir+"/mnt", files)
+	l.untilRecorded("mnt/file")
+	l.do(fmt.Sprint("DIR/mnt ", files))
+	list := l.list()
+	want := []string{"mnt/file"}
+	for i := range files {
+		want = append(want, numbered("mnt", i))
+	}
+	l.recorded(list, want...)
+}
+
 // TestLaterDescriptors: files on a mount that came later are open as others are, where that is asked
 // for, and the recording is of one process tree as before.
 func TestLaterDescriptors(t *testing.T) {
