@@ -141,7 +141,7 @@ func TestMountWatchOdd(t *testing.T) {
 	if got := m.apply(&kernstream.MountEvent{Mounted: []kernstream.Mount{odd}}, never); len(got) != 1 || !strings.Contains(got[0], `a mount came after the start of the recording, and is not recorded: its row of the mount table cannot be read: "8 odd"`) {
 		t.Errorf("an odd row: %q", got)
 	}
-	if files, missing := m.first(); len(files) != 0 || len(missing) != 1 || !strings.HasPrefix(missing[0], "a mount is not recorded: ") {
+	if files, missing, err := m.first(); err != nil || len(files) != 0 || len(missing) != 1 || !strings.HasPrefix(missing[0], "a mount is not recorded: ") {
 		t.Errorf("an odd row at the start: %q", missing)
 	}
 	other := first

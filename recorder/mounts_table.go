@@ -104,32 +104,24 @@ func (m *mountWatch) point(mount *kernstream.Mount) (string, bool) {
 	return point, below && !pseudo[mount.FSType]
 }
 
-// errCovered is why a mount cannot be opened that is there.
-var errCovered = errors.New("another mount covers it")
+// errCovered is why a mount cannot be opened that is there, and that nobody reaches.
+var errCovered = errors.New("another mount covers it, or its server is gone")
 
 // open opens the root of a mount of the place.
 func (m *mountWatch) open(mount *kernstream.Mount, point string) (_ *os.File, err error) {
 	if mount.Raw != nil {
 		return nil, fmt.Errorf("its row of the mount table cannot be read: %q", mount.Raw)
 	}
-	fd := -1
-	switch {
-	case point == "/" && m.options.Namespace != nil:
+	if point == "/" && m.options.Namespace != nil {
 		return nil, errors.New("it covers the root directory")
-	case point == "/":
-		// From the directory that it covers there is no way to it.
-		fd, err = unix.Open(mount.MountPoint, unix.O_PATH|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
-	default:
-		// Not through a symbolic link that was put there since, and not out of
-		// the root.
-		fd, err = unix.Openat2(int(m.root.Fd()), point, &unix.OpenHow{
-			Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_NOFOLLOW,
-			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
-		})
+	}
+	fd := -1
+	for err = unix.EINTR; err == unix.EINTR; {
+		fd, err = m.openPoint(mount, point)
 	}
 	switch err {
 	case nil:
-	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP:
+	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP, unix.ESTALE, unix.ENOTCONN, unix.ECONNABORTED:
 		return nil, errCovered
 	default:
 		return nil, os.NewSyscallError("openat2", err)
@@ -141,10 +133,24 @@ func (m *mountWatch) open(mount *kernstream.Mount, point string) (_ *os.File, er
 		return file, nil
 	}
 	file.Close()
-	if err != nil {
+	if err != nil && err != unix.ENOTCONN && err != unix.ECONNABORTED {
 		return nil, os.NewSyscallError("statx", err)
 	}
 	return nil, errCovered
+}
+
+// openPoint opens what is on the mount point of a mount.
+func (m *mountWatch) openPoint(mount *kernstream.Mount, point string) (int, error) {
+	if point == "/" {
+		// From the directory that it covers there is no way to it.
+		return unix.Open(mount.MountPoint, unix.O_PATH|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	}
+	// Not through a symbolic link that was put there since, and not out of
+	// the root.
+	return unix.Openat2(int(m.root.Fd()), point, &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_NOFOLLOW,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
+	})
 }
 
 // statMount finds out which mount a descriptor is on. It does not wait for a file system that hangs.
@@ -153,8 +159,9 @@ func statMount(fd int, st *unix.Statx_t) error {
 }
 
 // first returns the roots of the mounts below the root of the place that are there, and why others are
-// not recorded. One that is covered is not one of these: nobody reaches it.
-func (m *mountWatch) first() (files []*os.File, missing []string) {
+// not recorded: FUSE file systems that are for their user alone. One that is covered is not one of these:
+// nobody reaches it. What cannot be opened for another reason is an error.
+func (m *mountWatch) first() (files []*os.File, missing []string, err error) {
 	for _, known := range m.unmarked() {
 		point, _ := m.point(&known.Mount)
 		if point == "/" {
@@ -163,14 +170,16 @@ func (m *mountWatch) first() (files []*os.File, missing []string) {
 		file, err := m.open(&known.Mount, point)
 		switch {
 		case err == errCovered:
-		case err != nil:
+		case known.Raw != nil, errors.Is(err, unix.EACCES):
 			missing = append(missing, fmt.Sprintf("%s is not recorded: %v", named(&known.Mount, point), err))
+		case err != nil:
+			return files, nil, recordError("open", point, err)
 		default:
 			known.marked = true
 			files = append(files, file)
 		}
 	}
-	return files, missing
+	return files, missing, nil
 }
 
 // unmarked returns the mounts without a mark that should have one, the oldest first.

@@ -189,9 +189,10 @@ func openDirectory(ctx context.Context, root int, o *Options) (_ *place, err err
 // over: that root is on, and, unless there is to be one only, those below it that
 // the mount table of the thread or process proc has.
 func (p *place) fill(ctx context.Context, root, proc int, one bool) (err error) {
-	p.root = os.NewFile(uintptr(root), "root")
+	p.base, err = pathOf(root)
+	p.root = os.NewFile(uintptr(root), p.base)
 	p.mark(p.root)
-	if p.base, err = pathOf(root); err != nil || one {
+	if err != nil || one {
 		return err
 	}
 	if p.namespace == nil && elsewhere(proc) {
@@ -202,7 +203,9 @@ func (p *place) fill(ctx context.Context, root, proc int, one bool) (err error) 
 	if p.mounts, err = newMountWatch(ctx, p, proc); err != nil {
 		return err
 	}
-	p.files, p.missing = p.mounts.first()
+	if p.files, p.missing, err = p.mounts.first(); err != nil {
+		return err
+	}
 	for _, file := range p.files {
 		p.mark(file)
 	}
