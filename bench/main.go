@@ -95,7 +95,7 @@ func parseFlags(args []string) (*settings, error) {
 	flags.BoolVar(&set.quick, "quick", false, "small tables and few rounds: shows that it runs, not how fast")
 	flags.BoolVar(&set.json, "json", false, "print one JSON object per line and case")
 	flags.StringVar(&set.profile, "cpuprofile", "", "write a CPU profile with the labels case and contender to `file`")
-	flags.StringVar(&set.svg, "svg", "", "draw plots of the figures into `directory`; some are measured at more sizes for that")
+	flags.StringVar(&set.svg, "svg", "", "draw plots of the figures into `directory`, and write the table of all; some are measured at more sizes for that")
 	if err := flags.Parse(args); err != nil {
 		return nil, err
 	}
@@ -169,7 +169,12 @@ func run(ctx context.Context, set *settings, dir string) error {
 		caption = header + "; a quick run, which shows nothing but that it runs"
 	}
 	files, err := writePlots(set.svg, noted.results, caption)
-	fmt.Fprintln(headerTo, "plots:", strings.Join(files, " "))
+	if err == nil && len(set.only) == 0 { // a part would take the rest out of it
+		var file string
+		file, err = writeFigures(set.svg, noted.results, caption)
+		files = append(files, file)
+	}
+	fmt.Fprintln(headerTo, "written:", strings.Join(files, " "))
 	return err
 }
 

@@ -23,7 +23,9 @@ var plots = []plot{
 	{"mounts.svg", plotMounts},
 	{"watches.svg", plotWatches},
 	{"files.svg", plotFiles},
+	{"permissions.svg", plotPermissions},
 	{"fuse.svg", plotFUSE},
+	{"records.svg", plotRecords},
 }
 
 // What is measured at these sizes, too, when there are to be plots.
@@ -135,31 +137,88 @@ func plotWatches(f figures) chart {
 	}
 }
 
-// plotFiles compares how many file events a program receives in a second.
-func plotFiles(f figures) chart {
-	const name = "files/receive"
-	var bars []bar
-	for _, c := range []struct {
-		label     string
-		kind      emphasis
-		contender string
-	}{
-		{"bare read loop", floor, "raw handles"},
-		{us, ours, us},
-		{"readlink for each", peer, "readlink of each"},
-		{"acknowledged each", peer, "acknowledged one by one"},
-	} {
-		for _, points := range f.line(name, c.contender, func(_ int, ns float64) float64 { return 1e9 / ns }) {
-			bars = append(bars, bar{c.label, c.kind, points.y})
+// A contestant is a bar: who has it, and what it is called there.
+type contestant struct {
+	label     string
+	kind      emphasis
+	contender string
+}
+
+// rates returns what contestants do in a second, of a case that reports times; second
+// is a second in its unit. It returns false if the run does not have them all.
+func (f figures) rates(group, name string, second float64, all ...contestant) (barGroup, bool) {
+	g := barGroup{name: group}
+	for _, c := range all {
+		for _, p := range f.line(name, c.contender, func(_ int, time float64) float64 { return second / time }) {
+			g.bars = append(g.bars, bar{c.label, c.kind, p.y})
 		}
 	}
-	if len(bars) != 4 {
+	return g, len(g.bars) == len(all)
+}
+
+// plotFiles compares how many file events a program receives in a second.
+func plotFiles(f figures) chart {
+	g, ok := f.rates("", "files/receive", 1e9,
+		contestant{"bare read loop", floor, "raw handles"},
+		contestant{us, ours, us},
+		contestant{"readlink for each", peer, "readlink of each"},
+		contestant{"acknowledged each", peer, "acknowledged one by one"})
+	if !ok {
 		return nil
 	}
 	return &barChart{
-		title:  fmt.Sprintf("%s million file events a second, each with its path", strconv.FormatFloat(bars[1].value/1e6, 'f', 1, 64)),
+		title:  fmt.Sprintf("%s million file events a second, each with its path", strconv.FormatFloat(g.bars[1].value/1e6, 'f', 1, 64)),
 		x:      axis{"events received in a second", false, thousands},
-		groups: []barGroup{{"", bars}},
+		groups: []barGroup{g},
+	}
+}
+
+// plotPermissions compares how many opens a judge allows in a second.
+func plotPermissions(f figures) chart {
+	var groups []barGroup
+	for _, c := range []struct{ group, name string }{
+		{"1 opener, on the judge's CPU", "perm/round trip"},
+		{"8 openers", "perm/openers 8"},
+	} {
+		g, ok := f.rates(c.group, c.name, 1e6,
+			contestant{"bare loop", floor, "raw loop"},
+			contestant{us, ours, us},
+			contestant{"readlink, poll(2)", peer, "readlink, channel, poll(2)"})
+		if !ok {
+			return nil
+		}
+		groups = append(groups, g)
+	}
+	mine, theirs := groups[0].bars[1].value, groups[0].bars[2].value
+	return &barChart{
+		title:  fmt.Sprintf("%s opens a second, each judged, instead of %s", thousands(mine), thousands(theirs)),
+		x:      axis{"open(2) allowed in a second", false, thousands},
+		groups: groups,
+	}
+}
+
+// plotRecords compares how many files get into a record in a second.
+func plotRecords(f figures) chart {
+	var groups []barGroup
+	for _, c := range []struct{ group, name string }{
+		{"tmpfs", "record/tmpfs/in process"},
+		{"tmpfs, over a socket", "record/tmpfs/served"},
+		{"ext4", "record/ext4/in process"},
+		{"overlay", "record/overlay/in process"},
+	} {
+		g, ok := f.rates(c.group, c.name, 1e9,
+			contestant{us, ours, us},
+			contestant{"acknowledged each", peer, "acknowledged one by one"})
+		if !ok {
+			return nil
+		}
+		groups = append(groups, g)
+	}
+	mine, theirs := groups[0].bars[0].value, groups[0].bars[1].value
+	return &barChart{
+		title:  fmt.Sprintf("A record is made %s times as fast as with acknowledgements", short(mine/theirs)),
+		x:      axis{"files recorded in a second", false, thousands},
+		groups: groups,
 	}
 }
 

@@ -49,7 +49,7 @@ type series struct {
 
 type point struct{ x, y float64 }
 
-// A barChart compares figures of one kind, of which more is better.
+// A barChart compares figures of one kind, of which more is better, in groups.
 type barChart struct {
 	title  string
 	x      axis
