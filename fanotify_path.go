@@ -51,15 +51,20 @@ func (s *fileSystems) readlink(fd int) (string, error) {
 	return string(buf[:n]), nil
 }
 
+// shown returns the path that the kernel shows of an open file, and what
+// statx(2) says of it.
+func (s *fileSystems) shown(fd int) (path string, st unix.Statx_t, err error) {
+	if path, err = s.readlink(fd); err == nil {
+		err = statx(fd, &st)
+	}
+	return path, st, err
+}
+
 // describe returns the path of an open file, and what it is worth. ours tells
 // whether a mount is of this namespace.
 func (s *fileSystems) describe(fd int, ours func(fd int, mountID uint64, path string) bool) foundPath {
-	path, err := s.readlink(fd)
+	path, st, err := s.shown(fd)
 	if err != nil {
-		return foundPath{err: err}
-	}
-	var st unix.Statx_t
-	if err := statx(fd, &st); err != nil {
 		return foundPath{err: err}
 	}
 	found := foundPath{path: path, state: PathExact}
@@ -337,12 +342,8 @@ func pathError(err error) error {
 // openNow is [pathCache.open] for an open file whose file system must not be
 // asked anything.
 func (c *pathCache) openNow(fd int) foundPath {
-	path, err := c.systems.readlink(fd)
+	path, st, err := c.systems.shown(fd)
 	if err != nil {
-		return foundPath{err: err}
-	}
-	var st unix.Statx_t
-	if err := statx(fd, &st); err != nil {
 		return foundPath{err: err}
 	}
 	found := foundPath{path: path, state: PathExact}
