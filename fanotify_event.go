@@ -11,6 +11,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/jsontext"
 )
 
 // A FileEvent is something that happened to a file or directory.
@@ -353,7 +355,7 @@ func (e *FileEvent) MarshalJSON() ([]byte, error) {
 		Source:   "file",
 		Events:   e.Ops.names(),
 		Path:     e.Path,
-		PathRaw:  notText(e.Path),
+		PathRaw:  jsontext.Raw(e.Path),
 		Via:      e.Via.String(),
 		PID:      e.PID,
 		TID:      e.TID,
@@ -363,7 +365,7 @@ func (e *FileEvent) MarshalJSON() ([]byte, error) {
 		j.PathState = e.PathState.String()
 	}
 	if e.Ops.Has(OpRename) {
-		j.OldPath, j.OldPathRaw = e.OldPath, notText(e.OldPath)
+		j.OldPath, j.OldPathRaw = e.OldPath, jsontext.Raw(e.OldPath)
 		j.NewPath, j.NewPathRaw = j.Path, j.PathRaw
 	}
 	if e.Ops.Has(OpPreAccess) {
@@ -375,7 +377,7 @@ func (e *FileEvent) MarshalJSON() ([]byte, error) {
 	if e.Err != nil {
 		j.Error = e.Err.Error()
 	}
-	return marshal(j)
+	return jsontext.Marshal(j)
 }
 
 // errnoName returns the name of an error as errno(3) has it.

@@ -1,14 +1,14 @@
 package kernstream
 
 import (
-	"bytes"
-	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/kernstream/kernstream/internal/jsontext"
 )
 
 // Time returns e.When.
@@ -72,7 +72,7 @@ func oneWord(s string) string {
 // mounts -json prints. Bytes that are not UTF-8 are replaced, and the key with
 // _raw at its end holds the original in base64.
 func (e *MountEvent) MarshalJSON() ([]byte, error) {
-	return marshal(&jsonMountEvent{
+	return jsontext.Marshal(&jsonMountEvent{
 		Time:      e.When.UTC(),
 		Source:    "mount",
 		Initial:   e.Initial,
@@ -87,18 +87,7 @@ func (e *MountEvent) MarshalJSON() ([]byte, error) {
 }
 
 // MarshalJSON returns the mount in the form that it has in an event.
-func (m Mount) MarshalJSON() ([]byte, error) { return marshal(newJSONMount(&m)) }
-
-// marshal is json.Marshal, but leaves <, > and & in paths as they are.
-func marshal(v any) ([]byte, error) {
-	var b bytes.Buffer
-	encoder := json.NewEncoder(&b)
-	encoder.SetEscapeHTML(false)
-	if err := encoder.Encode(v); err != nil {
-		return nil, err
-	}
-	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
-}
+func (m Mount) MarshalJSON() ([]byte, error) { return jsontext.Marshal(newJSONMount(&m)) }
 
 // Lists and flags are always there; what is not known is left out.
 type jsonMountEvent struct {
@@ -153,33 +142,25 @@ func newJSONMount(m *Mount) jsonMount {
 		MountInfoParentID: m.MountInfoParentID,
 	}
 	if m.Raw != nil {
-		j.Row, j.RowRaw = string(m.Raw), notText(string(m.Raw))
+		j.Row, j.RowRaw = string(m.Raw), jsontext.Raw(string(m.Raw))
 		return j
 	}
 	j.jsonMountFields = &jsonMountFields{
 		Dev:             fmt.Sprintf("%d:%d", m.Major, m.Minor),
 		Root:            m.Root,
-		RootRaw:         notText(m.Root),
+		RootRaw:         jsontext.Raw(m.Root),
 		MountPoint:      m.MountPoint,
-		MountPointRaw:   notText(m.MountPoint),
+		MountPointRaw:   jsontext.Raw(m.MountPoint),
 		Options:         m.Options,
 		Optional:        append([]string{}, m.Optional...),
 		FSType:          m.FSType,
-		FSTypeRaw:       notText(m.FSType),
+		FSTypeRaw:       jsontext.Raw(m.FSType),
 		FSSource:        m.FSSource,
-		FSSourceRaw:     notText(m.FSSource),
+		FSSourceRaw:     jsontext.Raw(m.FSSource),
 		SuperOptions:    m.SuperOptions,
-		SuperOptionsRaw: notText(m.SuperOptions),
+		SuperOptionsRaw: jsontext.Raw(m.SuperOptions),
 	}
 	return j
-}
-
-// notText returns the bytes of s if JSON cannot carry them.
-func notText(s string) []byte {
-	if utf8.ValidString(s) {
-		return nil
-	}
-	return []byte(s)
 }
 
 func jsonMounts(mounts []Mount) []jsonMount {

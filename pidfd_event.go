@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream/internal/jsontext"
 )
 
 // Time returns e.When.
@@ -58,7 +60,7 @@ func (e *ProcessEvent) MarshalJSON() ([]byte, error) {
 		code := e.Status.ExitStatus()
 		j.ExitCode = &code
 	}
-	return marshal(&j)
+	return jsontext.Marshal(&j)
 }
 
 // What is not known is left out: of exit_code and signal, there is one at most.

@@ -1,15 +1,13 @@
 package recorder
 
 import (
-	"bytes"
-	"encoding/json"
 	"math"
 	"os"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/internal/jsontext"
 )
 
 // An Access is the first access to a file. With [Options.Descriptors] it has to be closed.
@@ -44,7 +42,7 @@ func (a *Access) String() string {
 // MarshalJSON returns the access as one JSON object: path, events, and first, in seconds.
 // If the path is not UTF-8, path_raw is the original in base64.
 func (a *Access) MarshalJSON() ([]byte, error) {
-	return marshal(jsonEntry{Path: a.Path, PathRaw: notText(a.Path), Events: opNames(a.Ops), First: seconds(a.First)})
+	return jsontext.Marshal(jsonEntry{Path: a.Path, PathRaw: jsontext.Raw(a.Path), Events: opNames(a.Ops), First: seconds(a.First)})
 }
 
 // jsonEntry is a file in JSON; an Access has no count.
@@ -58,21 +56,3 @@ type jsonEntry struct {
 
 // seconds has nanoseconds for ten days, which is what a float64 holds.
 func seconds(d time.Duration) float64 { return math.Round(float64(d)) / 1e9 }
-
-func notText(s string) []byte {
-	if utf8.ValidString(s) {
-		return nil
-	}
-	return []byte(s)
-}
-
-// marshal encodes v, and leaves <, > and & as they are.
-func marshal(v any) ([]byte, error) {
-	var b bytes.Buffer
-	encoder := json.NewEncoder(&b)
-	encoder.SetEscapeHTML(false)
-	if err := encoder.Encode(v); err != nil {
-		return nil, err
-	}
-	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
-}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/internal/jsontext"
 )
 
 // The file format of a List: JSON, one object per line. A line for each file, in
@@ -58,7 +59,7 @@ func (l *List) Write(w io.Writer) error {
 }
 
 func writeLine(out *bufio.Writer, v any) error {
-	line, err := marshal(v)
+	line, err := jsontext.Marshal(v)
 	if err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/kernstream/kernstream"
+	"github.com/kernstream/kernstream/internal/jsontext"
 )
 
 // A List is what a recording has found: the files in the order of their first access,
@@ -34,7 +35,7 @@ func (e *Entry) String() string { return (&Access{Path: e.Path, Ops: e.Ops}).Str
 // MarshalJSON returns the entry as a line of a record file: path, events, first, in seconds, and
 // count. If the path is not UTF-8, path_raw is the original in base64.
 func (e Entry) MarshalJSON() ([]byte, error) {
-	return marshal(jsonEntry{e.Path, notText(e.Path), opNames(e.Ops), seconds(e.First), e.Count})
+	return jsontext.Marshal(jsonEntry{e.Path, jsontext.Raw(e.Path), opNames(e.Ops), seconds(e.First), e.Count})
 }
 
 // list returns the list once it is finished, and nil before.
