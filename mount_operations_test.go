@@ -888,16 +888,23 @@ func testChangeRoot(t *testing.T, via kernstream.MountVia) {
 		l := &lab{t: t, dir: root}
 		l.watch(t.Context(), target)
 		a.do("change root", root, filepath.Join(root, "old"))
-		a.do("mount", "later", "/sub", "tmpfs")
-		// A table of two may be one of which not everything has been told to
-		// be gone.
-		for len(l.table) != 2 || !l.has("/sub") {
-			l.apply(l.receive())
-		}
-		l.checkTable(target)
+		l.wantNewRoot(a, target)
 		l.w.Close()
 		a.end()
 	}
+}
+
+// wantNewRoot lets a container whose root was changed mount something, and waits
+// until its table has that and the root alone.
+func (l *lab) wantNewRoot(a *agent, target *kernstream.MountOptions) {
+	l.t.Helper()
+	a.do("mount", "later", "/sub", "tmpfs")
+	// A table of two may be one of which not everything has been told to be
+	// gone.
+	for len(l.table) != 2 || !l.has("/sub") {
+		l.apply(l.receive())
+	}
+	l.checkTable(target)
 }
 
 // TestMountChangeRootWhileStarting: a process that changes its root while the
@@ -917,13 +924,7 @@ func TestMountChangeRootWhileStarting(t *testing.T) {
 		}()
 		l.watch(t.Context(), target)
 		<-done
-		a.do("mount", "later", "/sub", "tmpfs")
-		// A table of two may be one of which not everything has been told to
-		// be gone.
-		for len(l.table) != 2 || !l.has("/sub") {
-			l.apply(l.receive())
-		}
-		l.checkTable(target)
+		l.wantNewRoot(a, target)
 		l.w.Close()
 		a.end()
 	}

@@ -270,17 +270,6 @@ func TestWatchTwice(t *testing.T) {
 	}
 }
 
-// needFUSE skips t where FUSE file systems cannot be mounted.
-func needFUSE(t *testing.T) {
-	t.Helper()
-	testenv.NeedMounts(t)
-	device, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
-	if err != nil {
-		testenv.Missing(t, "needs to open /dev/fuse", err)
-	}
-	device.Close()
-}
-
 // wantEmpty checks that an empty directory is served.
 func wantEmpty(t *testing.T, dir string) {
 	t.Helper()
@@ -294,7 +283,7 @@ func wantEmpty(t *testing.T, dir string) {
 }
 
 func TestServeEmpty(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	dir := t.TempDir()
 	ended := make(chan error, 1)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -313,7 +302,7 @@ func TestServeEmpty(t *testing.T) {
 // Two goroutines serve until the file system is unmounted, or until a cancel,
 // which unmounts it.
 func TestServeByTwo(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	answer := func(r *fuse.Request) {
 		switch r.Header.Opcode {
 		case fuse.OpGetattr:

@@ -351,7 +351,7 @@ func TestCloneAfterTheEnd(t *testing.T) {
 
 // A process without descriptors is told so, and the session goes on.
 func TestCloneWithoutDescriptors(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	out, err := testenv.Child(t, "few descriptors", t.TempDir()).Output()
 	if err != nil || string(out) != "too many open files: Clone, Files\n" {
 		t.Errorf("%q, %v", out, err)
@@ -406,14 +406,7 @@ func TestSoakClonesComeAndGo(t *testing.T) {
 			t.Fatal(err)
 		}
 		reader.Wait()
-		select {
-		case err := <-results:
-			if err != nil {
-				t.Error(err)
-			}
-			left--
-		default:
-		}
+		left -= ended(t, results)
 	}
 	t.Logf("%d devices", turns)
 }

@@ -69,7 +69,7 @@ var readers = []struct {
 // TestParityU9Ends: the ends of a session have names, which the three ways to
 // read tell apart, whether the end comes while they wait or before.
 func TestParityU9Ends(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	ends := []struct {
 		name string
 		end  func(l *lab)
@@ -487,7 +487,7 @@ func TestAbortThenUnmount(t *testing.T) {
 
 // A session that the program has forgotten stays mounted.
 func TestForgottenSession(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	out, err := testenv.Child(t, "forgetful", t.TempDir()).Output()
 	if err != nil || string(out) != "mounted\n" {
 		t.Errorf("%q, %v", out, err)

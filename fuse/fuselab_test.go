@@ -27,17 +27,6 @@ func TestMain(m *testing.M) { testenv.MainInNamespace(m) }
 // patience is how long a test waits for what must happen.
 const patience = testenv.Patience
 
-// needFUSE skips t where FUSE file systems cannot be mounted.
-func needFUSE(t testing.TB) {
-	t.Helper()
-	testenv.NeedMounts(t)
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		testenv.Missing(t, "needs to open /dev/fuse", err)
-	}
-	unix.Close(fd)
-}
-
 // A lab is a session on a directory of its own.
 type lab struct {
 	t   testing.TB
@@ -48,7 +37,7 @@ type lab struct {
 // newLab mounts what config says, on a new directory unless that is set.
 func newLab(t testing.TB, config *fuse.Config) *lab {
 	t.Helper()
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	if config == nil {
 		config = &fuse.Config{}
@@ -419,4 +408,20 @@ func obey(words []string, held map[string]int) (string, error) {
 		return string(text), err
 	}
 	return "", fmt.Errorf("unknown word %q", words)
+}
+
+// ended counts the clients that have ended by now.
+func ended(t testing.TB, results <-chan error) (n int) {
+	t.Helper()
+	for {
+		select {
+		case err := <-results:
+			if err != nil {
+				t.Error(err)
+			}
+			n++
+		default:
+			return n
+		}
+	}
 }

@@ -347,7 +347,7 @@ func TestHandOverWithHelper(t *testing.T) {
 
 // A session in another namespace is handed over with what stands for that.
 func TestHandOverInANamespace(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	c := startClient(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS})
 	dir := t.TempDir()

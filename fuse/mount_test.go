@@ -25,7 +25,7 @@ import (
 // is a directory or a regular file. Source and subtype appear in the mount
 // table. The session tells what it was mounted with.
 func TestParityU1Config(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	dir := t.TempDir()
 	link := filepath.Join(t.TempDir(), "link")
 	if err := os.Symlink(dir, link); err != nil {
@@ -46,7 +46,7 @@ func TestParityU1Config(t *testing.T) {
 
 // A mount point that cannot be one is refused, by Check and by Mount alike.
 func TestMountPoint(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
@@ -106,7 +106,7 @@ func TestMountOnDeadFileSystem(t *testing.T) {
 
 // A regular file can be mounted on; its root is a file.
 func TestMountOnFile(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	for _, via := range []fuse.Via{fuse.ViaMount, fuse.ViaHelper} {
 		t.Run(via.String(), func(t *testing.T) {
 			if via == fuse.ViaHelper {
@@ -139,7 +139,7 @@ func TestMountOnFile(t *testing.T) {
 // default_permissions; flags are nosuid, nodev and noatime; allow_other is off
 // unless asked for. Every flag and every option of FUSE can be set.
 func TestParityU2Options(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	for _, c := range []struct {
 		config  fuse.Config
 		flags   string // of the mount
@@ -244,7 +244,7 @@ func mountError(t testing.TB, config *fuse.Config) error {
 
 // The kernel's own words about an option are in the error.
 func TestMountErrorNamesTheOption(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	err := mountError(t, &fuse.Config{MountPoint: t.TempDir(), Options: []string{"bogus=1"}, Via: fuse.ViaMount})
 	if !errors.Is(err, unix.EINVAL) || !strings.Contains(err.Error(), `option "bogus=1"`) || !strings.Contains(err.Error(), "Unknown parameter 'bogus'") {
@@ -254,7 +254,7 @@ func TestMountErrorNamesTheOption(t *testing.T) {
 
 // Commas and backslashes in names arrive as they are, whichever way is taken.
 func TestOptionsAreEscaped(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	for _, via := range []fuse.Via{fuse.ViaMount, fuse.ViaHelper} {
 		t.Run(via.String(), func(t *testing.T) {
 			if via == fuse.ViaHelper {
@@ -289,7 +289,7 @@ func TestParityU3Helper(t *testing.T) {
 // A helper that is not there, or does not do what a helper does, gets a clear
 // error, and nothing of it is left.
 func TestOddHelpers(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NeedTool(t, "sh")
 	testenv.NoLeaks(t)
 	dir := t.TempDir()
@@ -337,7 +337,7 @@ func TestOddHelpers(t *testing.T) {
 // session is closed.
 func TestParityU4AutoUnmount(t *testing.T) {
 	testenv.NeedTool(t, "fusermount3")
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	l := newLab(t, &fuse.Config{AutoUnmount: true})
 	if n := len(children(t, "fusermount3")); n != 1 {
@@ -419,7 +419,7 @@ func children(t testing.TB, name string) (pids []string) {
 // TestParityU5Namespace: the file system is mounted in the mount namespace of
 // another process, and not in this one's.
 func TestParityU5Namespace(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	for _, via := range []fuse.Via{fuse.ViaMount, fuse.ViaHelper} {
 		for _, how := range []string{"PID", "Namespace"} {
 			t.Run(via.String()+" by "+how, func(t *testing.T) {
@@ -478,7 +478,7 @@ func TestParityU5Namespace(t *testing.T) {
 // A session of another process's namespace ends with that, since it does not
 // keep it alive; one of a process that is gone says so.
 func TestNamespaceGone(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	c := startClient(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS})
 	s, err := fuse.Mount(t.Context(), &fuse.Config{MountPoint: t.TempDir(), PID: c.PID})
@@ -504,7 +504,7 @@ func TestNamespaceGone(t *testing.T) {
 // TestParityU12Sessions: bad and good mount points, the helper's name, and
 // mounting again with the configuration of a session that was closed.
 func TestParityU12Sessions(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	if err := mountError(t, &fuse.Config{MountPoint: "/this/is/no/directory"}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a bad mount point: %v", err)

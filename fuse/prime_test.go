@@ -17,7 +17,7 @@ import (
 // A process may open the files of its own file system as any others, however
 // few processors it has, and whichever way it was mounted.
 func TestSelfAccess(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	for _, via := range []fuse.Via{fuse.ViaMount, fuse.ViaHelper} {
 		if via == fuse.ViaHelper {
 			testenv.NeedTool(t, "fusermount3")
@@ -64,7 +64,7 @@ func useFiles(dir string) error {
 // Without what Mount does about it, a process hangs when it opens a file of its
 // own: this is why it does.
 func TestSelfAccessHangsWithoutPriming(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	for _, serve := range []string{"primed", "not primed"} {
 		dir := t.TempDir()
 		cmd := testenv.Child(t, "self", dir, serve)
@@ -121,7 +121,7 @@ func init() {
 // A server sees nothing of the probe, neither at the start nor when the kernel
 // forgets it.
 func TestProbeIsNotSeen(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	for _, via := range []fuse.Via{fuse.ViaMount, fuse.ViaHelper} {
 		if via == fuse.ViaHelper {
 			testenv.NeedTool(t, "fusermount3")
@@ -152,7 +152,7 @@ func TestProbeIsNotSeen(t *testing.T) {
 // there when Mount returns.
 func TestRequestsDuringMount(t *testing.T) {
 	testenv.NeedTool(t, "fusermount3")
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	dir := t.TempDir()
 	early := 0
 	for i := range testenv.SoakN(60) {
@@ -196,7 +196,7 @@ func TestRequestsDuringMount(t *testing.T) {
 
 // A context that is done while Mount waits ends it, and nothing is mounted.
 func TestMountIsCancelled(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	dir := t.TempDir()
 	cancelled := 0

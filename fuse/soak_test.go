@@ -18,7 +18,7 @@ import (
 // Mounted, served and unmounted a thousand times, each session ends by its name,
 // and nothing is left of it.
 func TestSoakCycles(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	dir := t.TempDir()
 	c := newClient(t)
@@ -59,7 +59,7 @@ func TestSoakCycles(t *testing.T) {
 // Aborted at any moment, under load, a session ends by that name, clients are
 // told, and nothing is left.
 func TestSoakAborts(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	dir := t.TempDir()
 	clients := []*client{newClient(t), newClient(t)}
@@ -136,14 +136,7 @@ func TestSoakCancels(t *testing.T) {
 		readers[cancels%len(readers)].read(ctx, l.s.Device(), handle)
 		timer.Stop()
 		cancel(nil)
-		select {
-		case err := <-results:
-			if err != nil {
-				t.Error(err)
-			}
-			left--
-		default:
-		}
+		left -= ended(t, results)
 	}
 	if answered != clients*names {
 		t.Errorf("%d answers to %d requests", answered, clients*names)
@@ -153,7 +146,7 @@ func TestSoakCancels(t *testing.T) {
 
 // A hundred sessions at a time do not disturb each other.
 func TestManySessions(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	var work sync.WaitGroup
 	for range 100 {

@@ -17,7 +17,7 @@ import (
 // process has all descriptors of its parent for a moment, before it executes its
 // program, and one on the mount would make that busy.
 func TestUnmountWhileProcessesStart(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	dir := t.TempDir()
 	ctx, cancel := context.WithCancel(t.Context())

@@ -191,7 +191,7 @@ func TestUnmountLeavesStrangersAlone(t *testing.T) {
 
 // A mount that was moved is not unmounted behind the back of who did that.
 func TestUnmountOfWhatWasMoved(t *testing.T) {
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	outer := t.TempDir()
 	if err := unix.Mount("outer", outer, "tmpfs", 0, ""); err != nil {
 		t.Fatal(err)

@@ -27,7 +27,7 @@ func everybodysDevice(t testing.TB) {
 	t.Helper()
 	testenv.NeedRoot(t, "an ordinary user without a user namespace")
 	testenv.NeedTool(t, "fusermount3")
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	var st unix.Stat_t
 	if err := unix.Stat("/dev/fuse", &st); err != nil {
 		t.Fatal(err)

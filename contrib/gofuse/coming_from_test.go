@@ -45,7 +45,7 @@ func TestComingFrom(t *testing.T) {
 		t.Errorf("this is not in coming_from_test.go:\n%s", program)
 	}
 
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	for _, unmount := range []bool{true, false} {
 		dir := t.TempDir()
 		ctx, cancel := context.WithTimeout(t.Context(), patience)

@@ -37,21 +37,10 @@ type lab struct {
 	dir    string
 }
 
-// needFUSE skips t where FUSE file systems cannot be mounted.
-func needFUSE(t testing.TB) {
-	t.Helper()
-	testenv.NeedMounts(t)
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		testenv.Missing(t, "needs to open /dev/fuse", err)
-	}
-	unix.Close(fd)
-}
-
 // newLab mounts files, which are made for the server.
 func newLab(t testing.TB, options *raw.MountOptions, files func(*gofuse.Server) raw.RawFileSystem) *lab {
 	t.Helper()
-	needFUSE(t)
+	testenv.NeedFUSE(t)
 	testenv.NoLeaks(t)
 	l := &lab{t: t, server: gofuse.New(options), dir: t.TempDir()}
 	l.files = files(l.server)

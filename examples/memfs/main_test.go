@@ -37,12 +37,7 @@ func init() {
 // start runs memfs on a new directory until it is mounted.
 func start(t *testing.T, args ...string) (dir string, cmd *exec.Cmd) {
 	t.Helper()
-	testenv.NeedMounts(t)
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		testenv.Missing(t, "needs to open /dev/fuse", err)
-	}
-	unix.Close(fd)
+	testenv.NeedFUSE(t)
 	dir = t.TempDir()
 	cmd = testenv.Child(t, "memfs", append(args, dir)...)
 	out, err := cmd.StdoutPipe()

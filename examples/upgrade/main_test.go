@@ -50,12 +50,7 @@ type lab struct {
 
 func newLab(t *testing.T) *lab {
 	t.Helper()
-	testenv.NeedMounts(t)
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		testenv.Missing(t, "needs to open /dev/fuse", err)
-	}
-	unix.Close(fd)
+	testenv.NeedFUSE(t)
 	l := &lab{t, filepath.Join(t.TempDir(), "socket"), t.TempDir(), t.TempDir()}
 	t.Cleanup(func() { unix.Unmount(l.point, unix.MNT_DETACH) })
 	return l

@@ -14,9 +14,9 @@ func TestJSON(t *testing.T) {
 	}
 	for path, want := range map[string]string{
 		"/a<b>&c": `{"path":"/a<b>&c"}`,
-		"ü\n":      `{"path":"ü\n"}`,
-		"\xff":     `{"path":"\ufffd","path_raw":"/w=="}`,
-		"":         `{"path":""}`,
+		"ü\n":     `{"path":"ü\n"}`,
+		"\xff":    `{"path":"\ufffd","path_raw":"/w=="}`,
+		"":        `{"path":""}`,
 	} {
 		got, err := jsontext.Marshal(object{path, jsontext.Raw(path)})
 		if err != nil || string(got) != want {

@@ -107,6 +107,17 @@ func NeedMounts(tb testing.TB) {
 	}
 }
 
+// NeedFUSE skips tb where FUSE file systems cannot be mounted and served.
+func NeedFUSE(tb testing.TB) {
+	tb.Helper()
+	NeedMounts(tb)
+	device, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err != nil {
+		Missing(tb, "needs to open /dev/fuse", err)
+	}
+	device.Close()
+}
+
 // NeedTool returns the path of the program name, or skips tb.
 func NeedTool(tb testing.TB, name string) string {
 	tb.Helper()
