@@ -14,7 +14,9 @@
 //
 // The sources are the mount table ([Mounts], [WatchMounts]), the ends of
 // processes ([WatchProcess], [NewProcessWatcher]), what happens to files
-// ([WatchFiles]), and whatever a program makes of [NewStream].
+// ([WatchFiles]), and whatever a program makes of [NewStream]. Package fuse adds
+// the requests of a FUSE session, package recorder the files that a container, a
+// directory or a command opens.
 //
 // # What every stream promises
 //

@@ -22,10 +22,11 @@ type Event interface {
 
 // A Stream is events on their way from one source to one consumer.
 //
-// C is unbuffered, so an event that was sent was received. It is closed at the
-// end, and by then everything that the stream held is gone: its goroutines,
-// its descriptors, its hold on the context. An event that owns a descriptor
-// and was delivered belongs to the consumer, and may outlive the stream.
+// C is unbuffered, so an event that was sent was received, unless the source says
+// otherwise. It is closed at the end, and by then everything that the stream held
+// is gone: its goroutines, its descriptors, its hold on the context. An event that
+// owns a descriptor and was delivered belongs to the consumer, and may outlive the
+// stream.
 //
 // A stream ends when its context is done, when Close is called, when its source
 // comes to its natural end, or when the source fails. What happens first decides

@@ -142,7 +142,8 @@ type FileWatcher struct {
 const fileBuffer = 64
 
 // WatchFiles reports what happens to files, directories and file systems, from
-// the time of the call until ctx is done. More marks may be set later.
+// the time of the call until ctx is done (see fanotify(7)). More marks may be set
+// later.
 //
 // Each mark goes to a fanotify group that names a directory and an entry for
 // each event. Where the file system does not support that (overlay, fuse, proc,
@@ -237,10 +238,12 @@ func (w *FileWatcher) Mark(marks ...Mark) error { return w.watch.add(marks) }
 
 // Unmark takes the operations of marks away again. A mark without any is gone.
 // What is in the queue already still comes. The error Is fs.ErrNotExist if there
-// is no such mark; marks before that in the list are gone.
+// is no such mark; marks before that in the list are gone. After the end of the
+// stream it Is os.ErrClosed.
 func (w *FileWatcher) Unmark(marks ...Mark) error { return w.watch.remove(marks) }
 
-// Flush takes all marks of one type away, ignore marks included.
+// Flush takes all marks of one type away, ignore marks included. What is in the
+// queue already still comes. After the end of the stream the error Is os.ErrClosed.
 func (w *FileWatcher) Flush(t MarkType) error { return w.watch.flush(t) }
 
 // Drain takes all marks away, and lets the stream come to its end once all that

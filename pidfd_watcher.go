@@ -22,8 +22,8 @@ type ProcessWatcher struct {
 	feed *processFeed
 }
 
-// ProcessWatcherOptions says how a ProcessWatcher works. There is nothing to
-// say yet.
+// ProcessWatcherOptions says how a ProcessWatcher works. It has no fields: what a
+// watch does is in [ProcessOptions].
 type ProcessWatcherOptions struct{}
 
 // NewProcessWatcher returns a watcher without watches, which runs until ctx is

@@ -96,9 +96,10 @@ func (d *Device) Next(ctx context.Context) (*Request, error) {
 }
 
 // All returns a sequence of requests for a loop, which reads them on the
-// goroutine of the loop, as Next does. At the end of the session, after
-// [Session.Close], and when the session is drained, the loop ends; if anything
-// else ends it, that is its last turn, with an error and no request.
+// goroutine of the loop, as Next does. When the file system is unmounted, after
+// [Session.Close] and [Device.Close], and when the session is drained, the loop
+// ends. If anything else ends it, an abort or the end of ctx, that is its last
+// turn, with an error and no request.
 func (d *Device) All(ctx context.Context) iter.Seq2[*Request, error] {
 	return func(yield func(*Request, error) bool) {
 		for {

@@ -177,17 +177,7 @@ func mountTmpfs(t *testing.T, source, dir string) {
 func chrooted(t *testing.T) string {
 	testenv.NeedMounts(t)
 	cmd := testenv.Child(t, "chrooted", t.TempDir())
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	stdin, stdout := testenv.StartPiped(t, cmd)
 	t.Cleanup(func() {
 		stdin.Close()
 		cmd.Wait()

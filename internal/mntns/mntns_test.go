@@ -1,7 +1,6 @@
 package mntns_test
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io"
@@ -96,22 +95,13 @@ func newNamespace(t *testing.T, args ...string) *namespace {
 	ns := &namespace{dir: t.TempDir()}
 	cmd := testenv.Child(t, resident, append([]string{ns.dir}, args...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	stdin, stdout := testenv.StartPiped(t, cmd)
 	t.Cleanup(func() {
 		stdin.Close()
 		cmd.Wait()
 	})
-	if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "ready\n" {
+	line, err := stdout.ReadString('\n')
+	if line != "ready\n" {
 		t.Fatalf("the other namespace: %q, %v", line, err)
 	}
 	link := fmt.Sprintf("/proc/%d/ns/mnt", cmd.Process.Pid)
