@@ -3,10 +3,7 @@ package kernstream
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
-	"math/rand/v2"
-	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -83,8 +80,10 @@ func (f *fakeTable) token() {
 	}
 }
 
-func (f *fakeTable) via() MountVia          { return ViaMountinfo }
-func (f *fakeTable) wake() <-chan struct{}  { return f.tokens }
+func (f *fakeTable) via() MountVia { return ViaMountinfo }
+
+func (f *fakeTable) wake() <-chan struct{} { return f.tokens }
+
 func (f *fakeTable) ended() <-chan struct{} { return f.end }
 
 // rest is what that of mountinfo is.
@@ -315,140 +314,6 @@ func TestMountLoopInitialMerges(t *testing.T) {
 	})
 }
 
-// TestParityM5Coalesce: a consumer can ask for a change to be held back, per
-// event; what follows within the delay is one event with it, flagged; a helper
-// gives a constant delay.
-func TestParityM5Coalesce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := newFakeTable("/")
-		asked := 0
-		hold := 100 * time.Millisecond
-		w := f.watch(t.Context(), MountOptions{Coalesce: func(e *MountEvent) time.Duration {
-			asked++
-			if e.Initial || len(e.Mounted)+len(e.Unmounted) != 1 {
-				t.Errorf("Coalesce was asked about %q", summary(e))
-			}
-			e.Mounted = nil // what it does to the event changes nothing
-			return hold
-		}})
-		expect(t, w, " +/ initial")
-		f.mount("/a")
-		synctest.Wait()
-		time.Sleep(50 * time.Millisecond)
-		f.mount("/b")
-		expect(t, w, "none")
-		time.Sleep(99 * time.Millisecond)
-		expect(t, w, "none")
-		time.Sleep(time.Millisecond)
-		expect(t, w, " +/a +/b coalesced")
-		if asked != 1 {
-			t.Errorf("Coalesce was asked %d times for one window; want once", asked)
-		}
-		c := f.mount("/c")
-		synctest.Wait()
-		time.Sleep(hold)
-		expect(t, w, " +/c")
-		hold = 0
-		f.unmount(c)
-		expect(t, w, " -/c")
-		if asked != 3 {
-			t.Errorf("Coalesce was asked %d times; want 3", asked)
-		}
-		finish(t, w, f)
-	})
-	if got := CoalesceFor(time.Second)(nil); got != time.Second {
-		t.Errorf("CoalesceFor(1s) answers %v", got)
-	}
-}
-
-// TestMountLoopCoalesceSlowConsumer: a change that is merged into an event which
-// waits for its consumer does not hold that back again.
-func TestMountLoopCoalesceSlowConsumer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := newFakeTable("/")
-		asked := 0
-		w := f.watch(t.Context(), MountOptions{Coalesce: func(*MountEvent) time.Duration { asked++; return time.Second }})
-		expect(t, w, " +/ initial")
-		f.mount("/a")
-		synctest.Wait()
-		time.Sleep(time.Second)
-		synctest.Wait()
-		f.mount("/b")
-		expect(t, w, " +/a +/b coalesced")
-		if asked != 1 {
-			t.Errorf("Coalesce was asked %d times; want once", asked)
-		}
-		finish(t, w, f)
-	})
-}
-
-// TestMountLoopMaxDelay: changes without end do not hold a window open for
-// longer than MaxDelay, and the last state always arrives.
-func TestMountLoopMaxDelay(t *testing.T) {
-	for _, test := range []struct{ coalesce, maxDelay, want time.Duration }{
-		{3 * time.Millisecond, 0, time.Second},
-		{3 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond},
-		{200 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond},
-		{2 * time.Second, 0, 2 * time.Second},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			f := newFakeTable("/")
-			a := f.put("/a")
-			w := f.watch(t.Context(), MountOptions{Coalesce: CoalesceFor(test.coalesce), MaxDelay: test.maxDelay})
-			expect(t, w, " +/ +/a initial")
-			events := 0
-			state := ""
-			last := time.Now()
-			for i := range 3000 {
-				f.remount(a, fmt.Sprint(i))
-				time.Sleep(time.Millisecond)
-				if e := received(w); e != nil {
-					events++
-					state = e.Changed[0].New.Options
-					if held := time.Since(last); held > test.want+2*time.Millisecond {
-						t.Fatalf("event %d came after %v; want at most %v", events, held, test.want)
-					}
-					last = time.Now()
-				}
-			}
-			time.Sleep(test.coalesce)
-			if e := received(w); e != nil {
-				state = e.Changed[0].New.Options
-			}
-			if about := int(3 * time.Second / test.want); state != "2999" || events < about-1 || events > about+1 {
-				t.Errorf("%d events up to state %s; want about %d, up to 2999", events, state, about)
-			}
-			finish(t, w, f)
-		})
-	}
-}
-
-// TestMountLoopWindowUndone: a window whose changes are undone closes without
-// an event, and the next change opens one of its own.
-func TestMountLoopWindowUndone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := newFakeTable("/")
-		asked := 0
-		w := f.watch(t.Context(), MountOptions{Coalesce: func(*MountEvent) time.Duration { asked++; return 100 * time.Millisecond }})
-		expect(t, w, " +/ initial")
-		a := f.mount("/a")
-		synctest.Wait()
-		time.Sleep(60 * time.Millisecond)
-		f.unmount(a)
-		synctest.Wait()
-		f.mount("/b")
-		synctest.Wait()
-		time.Sleep(99 * time.Millisecond)
-		expect(t, w, "none")
-		time.Sleep(time.Millisecond)
-		expect(t, w, " +/b")
-		if asked != 2 {
-			t.Errorf("Coalesce was asked %d times; want once for each window", asked)
-		}
-		finish(t, w, f)
-	})
-}
-
 // TestMountLoopWakeWithoutDifference: a wake that brings nothing does not
 // prolong a window.
 func TestMountLoopWakeWithoutDifference(t *testing.T) {
@@ -547,69 +412,6 @@ func TestMountLoopRests(t *testing.T) {
 	})
 }
 
-// TestMountDeltaUntouched: what the filter lets through neither before nor
-// after is no change, and leaves no flag.
-func TestMountDeltaUntouched(t *testing.T) {
-	var d mountDelta
-	d.change(1, nil, nil)
-	if d.looked(true) || d.resync || d.merged != 0 {
-		t.Errorf("the delta is %+v; want it untouched", d)
-	}
-	m := Mount{MountPoint: "/"}
-	d.change(2, nil, &m)
-	d.looked(false)
-	d.change(1, nil, nil)
-	if d.looked(true) || d.resync || d.merged != 1 {
-		t.Errorf("the delta is %+v; want one look in it", d)
-	}
-}
-
-// TestSettle: a torn text is read again, but not for ever, and not when that
-// takes long.
-func TestSettle(t *testing.T) {
-	for _, test := range []struct {
-		torn  []bool
-		takes time.Duration
-		fails bool
-		want  int
-	}{
-		{torn: []bool{false}, want: 1},
-		{torn: []bool{true, false}, want: 2},
-		{torn: []bool{true, true, true, true}, want: 3},
-		{torn: []bool{true, true}, takes: time.Millisecond, want: 1},
-		{torn: []bool{true, true}, fails: true, want: 1},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			n := 0
-			torn, err := settle(func() (bool, error) {
-				time.Sleep(test.takes)
-				n++
-				if test.fails {
-					return true, syscall.EIO
-				}
-				return test.torn[n-1], nil
-			})
-			if n != test.want || torn != test.torn[n-1] || (err != nil) != test.fails {
-				t.Errorf("%+v: %d reads, torn %v, %v", test, n, torn, err)
-			}
-		})
-	}
-}
-
-// TestDropRepeated: of mounts with one ID the last stays; rows that show no ID
-// all stay.
-func TestDropRepeated(t *testing.T) {
-	m := func(id uint32, point string) Mount { return Mount{MountInfoID: id, MountPoint: point} }
-	got := dropRepeated([]Mount{m(1, "/"), m(2, "/old"), m(0, "x"), m(3, "/c"), m(2, "/new"), m(0, "y")})
-	points := ""
-	for _, m := range got {
-		points += " " + m.MountPoint
-	}
-	if points != " / x /c /new y" {
-		t.Errorf("left are%s", points)
-	}
-}
-
 // TestMountLoopNaturalEnd: at the end of the namespace what is known is still
 // delivered, held back or not; Err is nil, and the source is closed before
 // anybody waits for the consumer.
@@ -705,107 +507,5 @@ func TestMountLoopCancel(t *testing.T) {
 			}
 			finish(t, w, f)
 		})
-	}
-}
-
-// TestMountDeltaAlgebra: whatever happens to a table and whenever the consumer
-// receives, applying the events in the documented order gives the table; each
-// mount is in one list, and the lists have the documented order.
-func TestMountDeltaAlgebra(t *testing.T) {
-	random := rand.New(rand.NewPCG(1, 2))
-	for round := range 300 {
-		var d mountDelta
-		kernel, consumer := map[uint64]Mount{}, map[uint64]Mount{}
-		var next uint64
-		for range 200 {
-			switch lineage := uint64(random.IntN(int(next) + 1)); random.IntN(6) {
-			case 0, 1:
-				next++
-				m := Mount{MountInfoID: uint32(next), MountPoint: fmt.Sprint("/", next), MountInfoParentID: 1}
-				kernel[next] = m
-				d.change(next, nil, &m)
-			case 2:
-				if old, ok := kernel[lineage]; ok {
-					delete(kernel, lineage)
-					d.change(lineage, &old, nil)
-				}
-			case 3:
-				if old, ok := kernel[lineage]; ok {
-					m := old
-					m.Options = []string{"rw", "ro"}[random.IntN(2)]
-					kernel[lineage] = m
-					d.change(lineage, &old, &m)
-				}
-			case 4:
-				if old, ok := kernel[lineage]; ok {
-					m := old
-					m.MountPoint = fmt.Sprint("/", lineage, "/", random.IntN(2))
-					m.MountInfoParentID = uint32(random.IntN(3))
-					kernel[lineage] = m
-					d.change(lineage, &old, &m)
-				}
-			case 5:
-				d.looked(false)
-				if !d.empty() {
-					check(t, d.event(), consumer)
-					d.reset()
-				}
-				if !maps.EqualFunc(kernel, consumer, func(a, b Mount) bool { return a.equal(&b) }) {
-					t.Fatalf("round %d: the consumer's table differs from the kernel's", round)
-				}
-			}
-		}
-	}
-}
-
-// check applies e to table, by way of its keys, and checks its form.
-func check(t *testing.T, e *MountEvent, table map[uint64]Mount) {
-	t.Helper()
-	if len(e.Mounted)+len(e.Unmounted)+len(e.Moved)+len(e.Changed) == 0 {
-		t.Fatal("an event without a change")
-	}
-	seen := map[uint32]bool{}
-	once := func(id uint32) {
-		if seen[id] {
-			t.Fatalf("mount %d is in the event twice", id)
-		}
-		seen[id] = true
-	}
-	known := func(old *Mount) {
-		if have, ok := table[uint64(old.MountInfoID)]; !ok || !have.equal(old) {
-			t.Fatalf("the event says that the consumer knew %+v; it knows %+v", old, have)
-		}
-	}
-	for i := range e.Unmounted {
-		known(&e.Unmounted[i])
-		once(e.Unmounted[i].MountInfoID)
-		delete(table, uint64(e.Unmounted[i].MountInfoID))
-	}
-	for _, c := range e.Moved {
-		known(&c.Old)
-		once(c.New.MountInfoID)
-		if c.Old.MountPoint == c.New.MountPoint && c.Old.MountInfoParentID == c.New.MountInfoParentID {
-			t.Fatalf("%+v did not move", c)
-		}
-		table[uint64(c.New.MountInfoID)] = c.New
-	}
-	for _, c := range e.Changed {
-		known(&c.Old)
-		once(c.New.MountInfoID)
-		if c.Old.MountPoint != c.New.MountPoint || c.Old.equal(&c.New) {
-			t.Fatalf("%+v moved, or did not change", c)
-		}
-		table[uint64(c.New.MountInfoID)] = c.New
-	}
-	for _, m := range e.Mounted {
-		once(m.MountInfoID)
-		if _, ok := table[uint64(m.MountInfoID)]; ok {
-			t.Fatalf("mount %d was there", m.MountInfoID)
-		}
-		table[uint64(m.MountInfoID)] = m
-	}
-	byID := func(a, b Mount) int { return int(a.MountInfoID) - int(b.MountInfoID) }
-	if !slices.IsSortedFunc(e.Mounted, byID) || !slices.IsSortedFunc(e.Unmounted, func(a, b Mount) int { return byID(b, a) }) {
-		t.Fatal("a list is not in the order of age")
 	}
 }
