@@ -48,6 +48,11 @@
 // of [Request.Context]. Right after the mount it lets the kernel poll a file of
 // its own making, so that a process may use the files that it serves itself (see
 // [Config.ServePoll]). Everything else is for the server.
+// One thing it must not do: start a program that is among these files, or in a
+// directory among them (the Dir of an exec.Cmd). Between the clone and the exec, the
+// Go runtime waits within one system call that keeps its processor; if a garbage
+// collection begins then, nobody is left to serve what the child waits for. A shell
+// that changes the directory, or executes the program, is a way around it.
 //
 // # What a session promises
 //
