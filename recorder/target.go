@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -171,6 +172,9 @@ func (t Directory) open(ctx context.Context, o *Options) (_ *place, err error) {
 
 // openDirectory is the place of a directory that is open.
 func openDirectory(ctx context.Context, root int, o *Options) (_ *place, err error) {
+	// The thread whose mounts are looked at must not end meanwhile.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	p := &place{}
 	proc, err := unix.Open("/proc/thread-self", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
