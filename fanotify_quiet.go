@@ -14,7 +14,8 @@ import (
 // else. Renames of the same directory merge, so its queue is short.
 //
 // It is drained after each read of the events it is for: a rename that came
-// before one of these is in its queue by then.
+// before one of these is in its queue by then. Only the event of the rename itself
+// may come first: one call of the kernel makes both (see fileReader.event).
 type quietGroup struct {
 	file *poller.Descriptor
 	buf  []byte

@@ -179,7 +179,11 @@ func openDirectory(ctx context.Context, root int, o *Options) (_ *place, err err
 	proc, err := unix.Open("/proc/thread-self", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		unix.Close(root)
-		return nil, recordError("open", "/proc/thread-self", fmt.Errorf("%w: is /proc mounted?", os.NewSyscallError("open", err)))
+		call := os.NewSyscallError("open", err)
+		if err == unix.ENOENT {
+			call = fmt.Errorf("%w: is /proc mounted?", call)
+		}
+		return nil, recordError("open", "/proc/thread-self", call)
 	}
 	defer unix.Close(proc)
 	if err := p.fill(ctx, root, proc, o.OneMount); err != nil {
