@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -53,7 +52,7 @@ func newAgent(t testing.TB, flags uintptr) *agent {
 	return a
 }
 
-// do lets the agent do one thing (see agentMain) and returns its answer.
+// do lets the agent do one thing (see obey) and returns its answer.
 func (a *agent) do(words ...string) string {
 	a.t.Helper()
 	answer, err := a.try(words...)
@@ -63,30 +62,7 @@ func (a *agent) do(words ...string) string {
 	return answer
 }
 
-func (a *agent) try(words ...string) (string, error) {
-	line, err := json.Marshal(words)
-	if err != nil {
-		return "", err
-	}
-	if _, err := a.in.Write(append(line, '\n')); err != nil {
-		return "", err
-	}
-	reply, err := a.out.ReadBytes('\n')
-	if err != nil {
-		return "", err
-	}
-	var answer struct {
-		Errno syscall.Errno
-		Text  string
-	}
-	if err := json.Unmarshal(reply, &answer); err != nil {
-		return "", err
-	}
-	if answer.Errno != 0 {
-		return "", answer.Errno
-	}
-	return answer.Text, nil
-}
+func (a *agent) try(words ...string) (string, error) { return testenv.Ask(a.in, a.out, words...) }
 
 // end lets the agent exit, and reaps it.
 func (a *agent) end() {
@@ -97,35 +73,9 @@ func (a *agent) end() {
 	}
 }
 
-// agentMain obeys JSON lists of words on its standard input.
-func agentMain([]string) int {
-	lines := bufio.NewScanner(os.Stdin)
-	for lines.Scan() {
-		var words []string
-		if err := json.Unmarshal(lines.Bytes(), &words); err != nil {
-			fmt.Fprintln(os.Stderr, "agent:", err)
-			return 1
-		}
-		var answer struct {
-			Errno syscall.Errno
-			Text  string
-		}
-		var err error
-		answer.Text, err = obey(words)
-		if err != nil {
-			errno, ok := errors.AsType[syscall.Errno](err)
-			if !ok {
-				fmt.Fprintln(os.Stderr, "agent:", err)
-				return 1
-			}
-			answer.Errno = errno
-		}
-		reply, _ := json.Marshal(answer)
-		os.Stdout.Write(append(reply, '\n'))
-	}
-	return 0
-}
+func agentMain([]string) int { return testenv.Obey(obey) }
 
+// obey does what words say: an operation, and what it is done to.
 func obey(words []string) (text string, err error) {
 	word := func(i int) string {
 		if i < len(words) {

@@ -4,8 +4,6 @@ import (
 	"bufio"
 	"context"
 	"encoding/binary"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -290,55 +288,11 @@ func (c *client) start(words ...string) (wait func() error) {
 	}
 }
 
-func (c *client) ask(words ...string) (string, error) {
-	line, err := json.Marshal(words)
-	if err != nil {
-		return "", err
-	}
-	if _, err := c.in.Write(append(line, '\n')); err != nil {
-		return "", err
-	}
-	reply, err := c.out.ReadBytes('\n')
-	if err != nil {
-		return "", err
-	}
-	var answer clientAnswer
-	if err := json.Unmarshal(reply, &answer); err != nil {
-		return "", err
-	}
-	if answer.Errno != 0 {
-		return "", answer.Errno
-	}
-	return answer.Text, nil
-}
+func (c *client) ask(words ...string) (string, error) { return testenv.Ask(c.in, c.out, words...) }
 
-type clientAnswer struct {
-	Errno syscall.Errno
-	Text  string
-}
-
-// clientMain obeys JSON lists of words on its standard input.
 func clientMain([]string) int {
 	held := map[string]int{}
-	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
-		var words []string
-		if err := json.Unmarshal(lines.Bytes(), &words); err != nil {
-			fmt.Fprintln(os.Stderr, "client:", err)
-			return 1
-		}
-		text, err := obey(words, held)
-		answer := clientAnswer{Text: text}
-		if err != nil {
-			var ok bool
-			if answer.Errno, ok = errors.AsType[syscall.Errno](err); !ok {
-				fmt.Fprintln(os.Stderr, "client:", err)
-				return 1
-			}
-		}
-		reply, _ := json.Marshal(answer)
-		os.Stdout.Write(append(reply, '\n'))
-	}
-	return 0
+	return testenv.Obey(func(words []string) (string, error) { return obey(words, held) })
 }
 
 // obey does what words say: an operation and a path.
