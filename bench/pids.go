@@ -153,6 +153,7 @@ func benchExitToEvent(b *bench, h *herder) error {
 		h.contend(b, "kernstream", n, h.stranger(), sentryOurs(nil)),
 		h.contend(b, "raw epoll", n, h.stranger(), sentryEpoll),
 		h.contend(b, "goroutine in poll(2)", n, h.stranger(), sentryPoll),
+		h.contend(b, "os.File and goroutine", n, h.stranger(), sentryFile),
 		h.contend(b, "kill(pid, 0) every 100 ms", min(n, 5), h.stranger(), sentryKill))
 	if err != nil {
 		return err

@@ -117,6 +117,23 @@ func sentryPoll(context.Context) (*sentry, error) {
 	}), nil
 }
 
+// sentryFile is a goroutine that waits for an os.File in the runtime's poller:
+// what that and a channel cost.
+func sentryFile(context.Context) (*sentry, error) {
+	return eachWait(func(pid int) (func(), error) {
+		fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+		if err != nil {
+			return nil, os.NewSyscallError("pidfd_open", err)
+		}
+		file := os.NewFile(uintptr(fd), "pidfd")
+		conn, err := file.SyscallConn()
+		return func() {
+			conn.Read(func(fd uintptr) bool { return pidfdReady(int(fd)) })
+			file.Close()
+		}, err
+	}), nil
+}
+
 // sentryKill asks every 100 ms whether the process is there. It sees a zombie as
 // one that is.
 func sentryKill(context.Context) (*sentry, error) {
