@@ -130,11 +130,11 @@ func benchServers(b *bench, what string, cpu, threads, requests int, names ...st
 	defer client.close()
 	var contenders []contender
 	for i, name := range names {
-		dir := filepath.Join(b.dir, fmt.Sprint(what, threads, i))
-		if err := os.Mkdir(dir, 0o755); err != nil {
+		dir, remove, err := b.mountPoint(fmt.Sprint(what, threads, i))
+		if err != nil {
 			return nil, err
 		}
-		defer os.Remove(dir)
+		defer remove()
 		server, err := startFUSEProcess(b.ctx, "server", cpu, name, dir)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
@@ -161,13 +161,19 @@ func (o *outcome) of(names ...string) *outcome {
 	return part
 }
 
+// mountPoint makes a directory to mount on.
+func (b *bench) mountPoint(name string) (dir string, remove func() error, err error) {
+	dir = filepath.Join(b.dir, name)
+	return dir, func() error { return os.Remove(dir) }, os.Mkdir(dir, 0o755)
+}
+
 // benchFUSECancel measures from a cancel to the return of a Next that waits.
 func benchFUSECancel(b *bench) error {
-	dir := filepath.Join(b.dir, "cancel")
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	dir, remove, err := b.mountPoint("cancel")
+	if err != nil {
 		return err
 	}
-	defer os.Remove(dir)
+	defer remove()
 	session, err := fuse.Mount(b.ctx, &fuse.Config{MountPoint: dir})
 	if err != nil {
 		return err
@@ -212,11 +218,11 @@ func benchFUSECancel(b *bench) error {
 
 // benchUmount measures from the call of umount2(2) to the end of a stream.
 func benchUmount(b *bench) error {
-	dir := filepath.Join(b.dir, "umount")
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	dir, remove, err := b.mountPoint("umount")
+	if err != nil {
 		return err
 	}
-	defer os.Remove(dir)
+	defer remove()
 	o, err := b.interleave(1, contender{"kernstream", func(s *sampler) error {
 		for range b.scale(60, 5) {
 			if err := umountToEnd(b.ctx, dir, s); err != nil {

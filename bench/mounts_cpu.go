@@ -15,11 +15,7 @@ import (
 // watcher does on the side, such as rescans, is in it. The peer is what a
 // program pays for each event that reads the table again.
 func benchWatcherCPU(b *bench, table *mountTable) error {
-	dir, err := table.spare("cpu")
-	if err != nil {
-		return err
-	}
-	actor, err := startActor(b.ctx, dir)
+	actor, err := table.actor(b.ctx, "cpu")
 	if err != nil {
 		return err
 	}

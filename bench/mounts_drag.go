@@ -11,11 +11,7 @@ import (
 // benchDrag measures how much a watcher slows the one that it watches: another
 // process that mounts and unmounts as fast as it can.
 func benchDrag(b *bench, table *mountTable) error {
-	dir, err := table.spare("drag")
-	if err != nil {
-		return err
-	}
-	actor, err := startActor(b.ctx, dir)
+	actor, err := table.actor(b.ctx, "drag")
 	if err != nil {
 		return err
 	}

@@ -99,11 +99,7 @@ func benchCancel(b *bench, table *mountTable) error {
 // without a pause. A watcher then reads the table all the time, and the cancel
 // hits any phase of that.
 func benchCancelInStorm(b *bench, table *mountTable) error {
-	dir, err := table.spare("storm")
-	if err != nil {
-		return err
-	}
-	actor, err := startActor(b.ctx, dir)
+	actor, err := table.actor(b.ctx, "storm")
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -63,6 +64,15 @@ func (t *mountTable) row(i int) string { return filepath.Join(t.dir, fmt.Sprintf
 func (t *mountTable) spare(name string) (string, error) {
 	dir := filepath.Join(t.dir, name)
 	return dir, os.MkdirAll(dir, 0o755)
+}
+
+// actor starts an actor in a spare directory.
+func (t *mountTable) actor(ctx context.Context, name string) (*actor, error) {
+	dir, err := t.spare(name)
+	if err != nil {
+		return nil, err
+	}
+	return startActor(ctx, dir)
 }
 
 // share makes a mount shared or private, of which the kernel tells nobody.

@@ -389,15 +389,9 @@ func init() {
 func TestSoakClonesComeAndGo(t *testing.T) {
 	l := newLab(t, nil)
 	l.serve(basic)
-	const clients = 2
-	names := testenv.SoakN(4000) / clients
-	results := make(chan error, clients)
-	for range clients {
-		c := newClient(t)
-		go func() { results <- c.do("stats", l.dir, fmt.Sprint(names)) }()
-	}
+	results := l.load(testenv.SoakN(4000))
 	turns := 0
-	for left := clients; left > 0; turns++ {
+	for left := cap(results); left > 0; turns++ {
 		d := l.clone()
 		var reader sync.WaitGroup
 		reader.Go(func() { readers[turns%len(readers)].read(context.Background(), d, basic) })

@@ -3,7 +3,6 @@ package fuse_test
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"strings"
 	"sync"
@@ -250,15 +249,9 @@ func TestDrainAtTheEnd(t *testing.T) {
 func TestSoakDrains(t *testing.T) {
 	l := newLab(t, nil)
 	devices := []*fuse.Device{l.s.Device(), l.clone()}
-	const clients = 2
-	names := testenv.SoakN(6000) / clients
-	results := make(chan error, clients)
-	for range clients {
-		c := newClient(t)
-		go func() { results <- c.do("stats", l.dir, fmt.Sprint(names)) }()
-	}
+	results := l.load(testenv.SoakN(6000))
 	turns := 0
-	for left := clients; left > 0; turns++ {
+	for left := cap(results); left > 0; turns++ {
 		var work sync.WaitGroup
 		for i, d := range devices {
 			work.Go(func() { readers[(turns+i)%len(readers)].read(context.Background(), d, basic) })

@@ -364,6 +364,16 @@ func obey(words []string, held map[string]int) (string, error) {
 	return "", fmt.Errorf("unknown word %q", words)
 }
 
+// load lets clients look up n names in all. Each sends its result.
+func (l *lab) load(n int) (results chan error) {
+	results = make(chan error, 2)
+	for range cap(results) {
+		c := newClient(l.t)
+		go func() { results <- c.do("stats", l.dir, fmt.Sprint(n/cap(results))) }()
+	}
+	return results
+}
+
 // ended counts the clients that have ended by now.
 func ended(t testing.TB, results <-chan error) (n int) {
 	t.Helper()

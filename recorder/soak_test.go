@@ -109,8 +109,8 @@ func childWith(t testing.TB, name string, args ...string) (*exec.Cmd, *net.UnixC
 	return cmd, ours
 }
 
-func serverKilled(t testing.TB, dir string) {
-	cmd, conn := childWith(t, server, dir)
+// killSoon kills a program at a random time. The channel is closed after that.
+func killSoon(cmd *exec.Cmd) <-chan struct{} {
 	killed := make(chan struct{})
 	go func() {
 		defer close(killed)
@@ -118,6 +118,12 @@ func serverKilled(t testing.TB, dir string) {
 		cmd.Process.Kill()
 		cmd.Wait()
 	}()
+	return killed
+}
+
+func serverKilled(t testing.TB, dir string) {
+	cmd, conn := childWith(t, server, dir)
+	killed := killSoon(cmd)
 	endsSoon(t, "the client", func() {
 		r, err := recorder.Connect(t.Context(), conn, nil)
 		if err == nil {
@@ -132,13 +138,7 @@ func serverKilled(t testing.TB, dir string) {
 
 func clientKilled(t testing.TB, dir string) {
 	cmd, conn := childWith(t, "client")
-	killed := make(chan struct{})
-	go func() {
-		defer close(killed)
-		moment()
-		cmd.Process.Kill()
-		cmd.Wait()
-	}()
+	killed := killSoon(cmd)
 	endsSoon(t, "the server", func() {
 		if err := recorder.Serve(t.Context(), conn, &recorder.ServeOptions{Target: recorder.Directory(dir)}); err == nil {
 			t.Error("Serve returns nil")

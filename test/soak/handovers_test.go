@@ -178,15 +178,11 @@ func succeed(s *fuse.Session, fail bool) (*fuse.Session, error) {
 // guest is a session that is handed over once: drained, or, as if its server had died, with
 // requests that it does not answer.
 func (p *handovers) guest(ctx context.Context, random *rand.Rand) error {
-	dir, err := os.MkdirTemp(p.guests, "")
+	s, dir, err := mountGuest(p.guests)
 	if err != nil {
 		return err
 	}
 	defer os.Remove(dir)
-	s, err := fuse.Mount(context.Background(), &fuse.Config{MountPoint: dir})
-	if err != nil {
-		return err
-	}
 	defer func() { s.Close() }()
 	for range random.IntN(mostDevices) {
 		if _, err := s.Clone(); err != nil {

@@ -96,17 +96,24 @@ func (p *requests) lookUp() error {
 	return nil
 }
 
+// mountGuest mounts a session on a directory of its own in where.
+func mountGuest(where string) (s *fuse.Session, dir string, err error) {
+	if dir, err = os.MkdirTemp(where, ""); err != nil {
+		return nil, "", err
+	}
+	if s, err = fuse.Mount(context.Background(), &fuse.Config{MountPoint: dir}); err != nil {
+		os.Remove(dir)
+	}
+	return s, dir, err
+}
+
 // guest is a session that comes and goes, by one of its ends.
 func (p *requests) guest(ctx context.Context, random *rand.Rand) error {
-	dir, err := os.MkdirTemp(p.guests, "")
+	s, dir, err := mountGuest(p.guests)
 	if err != nil {
 		return err
 	}
 	defer os.Remove(dir)
-	s, err := fuse.Mount(context.Background(), &fuse.Config{MountPoint: dir})
-	if err != nil {
-		return err
-	}
 	served := make(chan error, 1)
 	go func() {
 		for r, err := range s.Device().All(context.Background()) {
