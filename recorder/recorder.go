@@ -135,7 +135,7 @@ type Recording struct {
 // It is not recorded what a process does in another mount namespace than the
 // target's, mounts that it makes there included, and what this process
 // does itself. Mapping a file is an open, the pages that are touched are not seen.
-// The mounts that are there at the start are busy meanwhile; a later one is while an access waits in the
+// The mounts that are there at the start are busy meanwhile; a later one is while it is being marked and while an access waits in the
 // kernel's queue, and can be unmounted after that. A FUSE file system whose server is gone is left out,
 // since nobody opens a file there; one of another user, who allows nobody else, is left out, too, and
 // the list is incomplete. Another mount of the start that cannot be opened is an error.
