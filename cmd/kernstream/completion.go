@@ -105,6 +105,7 @@ const (
 	isAnything wordKind = iota
 	isProcess           // the number of a process
 	isFile
+	isDirectory
 	isProgram // a program, and what it is called with
 )
 
@@ -117,7 +118,9 @@ var meanings = map[string]meaning{
 	"...)":    {is: isProgram}, // (-pid P | -- COMMAND ...)
 	"WAY":     {words: mountWays()},
 	"TYPE":    {words: slices.Sorted(maps.Keys(markTypes))},
-	"EVENTS":  {words: fileEvents(), list: true},
+	"EVENTS":  {words: fileEvents(watchable), list: true},
+	"KINDS":   {words: fileEvents(recordable), list: true},
+	"D":       {is: isDirectory},
 	"SHELL":   {words: slices.Sorted(maps.Keys(completionScripts))},
 }
 
@@ -129,15 +132,18 @@ func mountWays() []string {
 	return names
 }
 
-// fileEvents returns the names of what can be watched for: all but those that
-// ask for a permission, and the loss of events.
-func fileEvents() []string {
-	names := []string{"close", "move"}
+// fileEvents returns the names of the bits of ops, and of those of two.
+func fileEvents(ops kernstream.FileOp) []string {
+	var names []string
+	for name, both := range map[string]kernstream.FileOp{"close": kernstream.OpClose, "move": kernstream.OpMove} {
+		if ops.Has(both) {
+			names = append(names, name)
+		}
+	}
 	for bit := range 64 {
 		op := kernstream.FileOp(1) << bit
 		name := op.String()
-		_, err := kernstream.ParseFileOp(name)
-		if err == nil && op&unwatchable == 0 {
+		if _, err := kernstream.ParseFileOp(name); err == nil && ops.Has(op) {
 			names = append(names, name)
 		}
 	}
@@ -145,7 +151,9 @@ func fileEvents() []string {
 	return names
 }
 
-const unwatchable = kernstream.OpOpenPerm | kernstream.OpAccessPerm | kernstream.OpOpenExecPerm | kernstream.OpPreAccess | kernstream.OpOverflow
+// watchable are all events but those that ask for a permission, and the loss of
+// events.
+const watchable = ^(kernstream.OpOpenPerm | kernstream.OpAccessPerm | kernstream.OpOpenExecPerm | kernstream.OpPreAccess | kernstream.OpOverflow)
 
 // bashCompletion returns a function for bash 4 and later. It uses nothing of
 // the package bash-completion.
@@ -178,6 +186,12 @@ _kernstream_files() {
 	local IFS=$'\n'
 	compopt -o filenames 2>/dev/null
 	COMPREPLY=($(compgen -f -- "$cur"))
+}
+
+_kernstream_directories() {
+	local IFS=$'\n'
+	compopt -o filenames 2>/dev/null
+	COMPREPLY=($(compgen -d -- "$cur"))
 }
 
 _kernstream() {
@@ -213,6 +227,8 @@ func bashWords(m meaning) string {
 		return `_kernstream_words "$(cd /proc && echo [0-9]*)"`
 	case m.is == isFile:
 		return "_kernstream_files"
+	case m.is == isDirectory:
+		return "_kernstream_directories"
 	case m.is == isProgram:
 		return `COMPREPLY=($(compgen -c -- "$cur"))`
 	}
@@ -223,6 +239,7 @@ func bashWords(m meaning) string {
 // _kernstream in a directory of fpath.
 func zshCompletion(all []outline) string {
 	var names, cases strings.Builder
+	fmt.Fprintf(&names, "\t\t%s\n", quoted("help:"+helpSummary))
 	for _, o := range all {
 		fmt.Fprintf(&names, "\t\t%s\n", quoted(o.name+":"+o.summary))
 		fmt.Fprintf(&cases, "\t%s)\n\t\t_arguments : \\\n", o.name)
@@ -277,6 +294,8 @@ func zshAction(m meaning) string {
 		return "_kernstream_pids"
 	case m.is == isFile:
 		return "_files"
+	case m.is == isDirectory:
+		return "_files -/"
 	case m.is == isProgram:
 		return "_command_names -e"
 	}
@@ -300,6 +319,7 @@ func fishCompletion(all []outline) string {
 		names = append(names, o.name)
 		fmt.Fprintf(&b, "complete -c kernstream -n __fish_use_subcommand -a %s -d %s\n", o.name, quoted(o.summary))
 	}
+	fmt.Fprintf(&b, "complete -c kernstream -n __fish_use_subcommand -a help -d %s\n", quoted(helpSummary))
 	fmt.Fprintf(&b, "complete -c kernstream -n '__fish_seen_subcommand_from help' -a %s\n", quoted(strings.Join(names, " ")))
 	for _, o := range all {
 		within := "complete -c kernstream -n '__fish_seen_subcommand_from " + o.name + "'"
@@ -330,6 +350,8 @@ func fishAction(m meaning) string {
 		return " -a '(__fish_complete_pids)'"
 	case m.is == isFile:
 		return " -F"
+	case m.is == isDirectory:
+		return " -a '(__fish_complete_directories)'"
 	case m.is == isProgram:
 		return " -a '(__fish_complete_subcommand)'"
 	}

@@ -19,8 +19,8 @@ entries (-type inode), to what is reached through its mount (-type mount), or
 to its whole file system (-type filesystem). Its own doings are left out.
 
 Any user may watch inodes that he can read. Everything else, and which process
-it was, needs CAP_SYS_ADMIN; the paths of a whole mount or file system need
-CAP_DAC_READ_SEARCH, too.
+it was, needs CAP_SYS_ADMIN; the paths of a whole mount or file system, and of
+directories in a directory, need CAP_DAC_READ_SEARCH, too.
 
 A line that says q_overflow stands for events that were lost, because they came
 faster than they were printed.
@@ -61,15 +61,20 @@ func files(ctx context.Context, env *environment, args []string) error {
 		}
 	}
 	ops, err := kernstream.ParseFileOp(*events)
+	late := lateFlag(flags)
 	switch {
 	case !known:
 		return wrongUsage(flags, "-type is %q; want inode, mount or filesystem", *kind)
 	case err != nil:
 		return wrongUsage(flags, "-events: %v", err)
+	case ops&^watchable != 0:
+		return wrongUsage(flags, "-events: %v would have to be answered", ops&^watchable)
 	case *pid < 0:
 		return wrongUsage(flags, "-pid must not be negative")
 	case flags.NArg() == 0:
 		return wrongUsage(flags, "no PATH to watch")
+	case late != "":
+		return wrongUsage(flags, "flags come before the first PATH: %s (a file of that name is ./%[1]s)", late)
 	}
 	var marks []kernstream.Mark
 	for _, path := range flags.Args() {

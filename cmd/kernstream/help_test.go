@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/kernstream/kernstream"
 )
 
 // outlines returns what all commands say of themselves.
@@ -120,7 +122,7 @@ func TestManual(t *testing.T) {
 		t.Errorf("the manual has %d examples", len(lines))
 	}
 	for _, line := range lines {
-		checkLine(t, line[1])
+		checkLine(t, strings.ReplaceAll(line[1], `\-`, "-"))
 	}
 	for status := range exitIncomplete + 1 {
 		if !strings.Contains(rest, fmt.Sprintf(".It %d\n", status)) {
@@ -167,14 +169,19 @@ func TestCompletionValues(t *testing.T) {
 			values[o.name+" "+f.name] = f.value
 		}
 	}
-	for name, want := range map[string]wordKind{"mounts pid": isProcess, "files pid": isProcess, "wait": isProcess, "files": isFile} {
+	for name, want := range map[string]wordKind{"mounts pid": isProcess, "files pid": isProcess, "wait": isProcess, "files": isFile, "record o": isFile, "record dir": isDirectory, "record tree": isProcess, "record": isProgram} {
 		if values[name].is != want {
 			t.Errorf("%s is %v; want kind %d", name, values[name], want)
 		}
 	}
-	for name, want := range map[string]int{"mounts via": 3, "files type": 3, "completion": 3, "files events": 19} {
-		if got := values[name]; len(got.words) < want || got.list != (name == "files events") {
+	for name, want := range map[string]int{"mounts via": 3, "files type": 3, "completion": 3, "files events": 19, "record events": 8} {
+		if got := values[name]; len(got.words) < want || got.list != strings.HasSuffix(name, " events") {
 			t.Errorf("%s is %v; want %d words or more", name, got, want)
+		}
+	}
+	for _, kind := range values["record events"].words {
+		if ops, err := kernstream.ParseFileOp(kind); err != nil || ops&^recordable != 0 {
+			t.Errorf("%q is completed, and no access: %v", kind, err)
 		}
 	}
 	// A word that is none is complained of before anything is watched.

@@ -48,11 +48,9 @@ flags of every command that prints events:
 
 examples:
   kernstream mounts                     the mount table, and every change of it
-  kernstream files /etc                 who changes what in /etc
+  kernstream files /etc                 what happens to the entries of /etc
   kernstream wait -timeout 1m 4711      how process 4711 ended
   kernstream mounts -json | jq -c '.mounted[].mount_point'
-
-kernstream COMMAND -help explains a command, with examples of its own.
 
 exit status: 0 done or interrupted, 1 failure, 2 usage, 3 timeout,
 4 not supported or not permitted, 5 a record is incomplete
@@ -79,12 +77,15 @@ func commands() []command {
 	}
 }
 
+const helpSummary = "explains one of these, with examples: help COMMAND"
+
 func usage() string {
 	var b strings.Builder
 	b.WriteString(usageHead)
 	for _, c := range commands() {
 		fmt.Fprintf(&b, "  %-12s%s\n", c.name, c.summary)
 	}
+	fmt.Fprintf(&b, "  %-12s%s\n", "help", helpSummary)
 	b.WriteString(usageTail)
 	return b.String()
 }
@@ -128,9 +129,8 @@ func run(ctx context.Context, env *environment, args []string) int {
 		return exitUsage
 	}
 	name, args := args[0], args[1:]
-	switch name {
-	case "help", "-h", "-help", "--help":
-		if len(args) == 0 {
+	if asksForHelp(name) {
+		if len(args) == 0 || asksForHelp(args[0]) {
 			fmt.Fprint(env.stdout, usage())
 			return exitDone
 		}
@@ -148,6 +148,10 @@ func run(ctx context.Context, env *environment, args []string) int {
 		fmt.Fprintln(env.stderr, "kernstream:", err)
 	}
 	return status
+}
+
+func asksForHelp(word string) bool {
+	return slices.Contains([]string{"help", "-h", "-help", "--help"}, word)
 }
 
 // exitStatus returns the status for err. ctx is done after a signal, which is
@@ -239,8 +243,19 @@ func parseOrExplain(env *environment, flags *flag.FlagSet, synopsis string, args
 		env.stdout.Write(said.Bytes())
 		return err
 	}
-	env.stderr.Write(said.Bytes())
-	return errUsage
+	return wrongUsage(flags, "%v", err)
+}
+
+// lateFlag returns the first flag that stands behind an operand, where package
+// flag takes it for another one.
+func lateFlag(flags *flag.FlagSet) string {
+	for i, arg := range flags.Args() {
+		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		if i > 0 && strings.HasPrefix(arg, "-") && flags.Lookup(name) != nil {
+			return arg
+		}
+	}
+	return ""
 }
 
 // wrongUsage explains what is wrong with the arguments.

@@ -375,7 +375,7 @@ func TestStatus(t *testing.T) {
 		{"", 2, "usage: kernstream COMMAND"},
 		{"nothing", 2, `unknown command "nothing"`},
 		{"mounts extra", 2, `unexpected argument "extra"`},
-		{"mounts -bad", 2, "not defined: -bad"},
+		{"mounts -bad", 2, "kernstream mounts: flag provided but not defined: -bad\nkernstream mounts -help shows the flags\n"},
 		{"mounts -bad -h", 2, "not defined: -bad"},
 		{"mounts -n -1", 2, "-n must not be negative"},
 		{"mounts -timeout -1s", 2, "-timeout must not be negative"},
@@ -386,6 +386,9 @@ func TestStatus(t *testing.T) {
 		{"mounts -initial=false -n 1 -timeout 30ms", 3, "the time is up"},
 		{"mounts -via fanotify -pid " + chrooted(t), 4, "unsupported"},
 		{"mounts -pid " + pid, 1, "process " + pid},
+		{"files -events open,open_perm /", 2, "-events: open_perm"},
+		{"files /etc -json", 2, "flags come before the first PATH: -json"},
+		{"wait 1 -timeout=1s", 2, "flags come before the first PID: -timeout=1s"},
 	} {
 		t.Run(test.args, func(t *testing.T) {
 			r := kernstreamRun(t, strings.Fields(test.args)...)
@@ -394,7 +397,7 @@ func TestStatus(t *testing.T) {
 			}
 		})
 	}
-	for _, args := range []string{"help", "-help", "mounts -help", "mounts -h"} {
+	for _, args := range []string{"help", "-help", "help help", "help -h", "mounts -help", "mounts -h"} {
 		r := kernstreamRun(t, strings.Fields(args)...)
 		if r.status != 0 || r.stderr != "" || !strings.HasPrefix(r.stdout, "kernstream") && !strings.HasPrefix(r.stdout, "usage: ") {
 			t.Errorf("%s: status %d, errors %q, output %q; want help", args, r.status, r.stderr, r.stdout)

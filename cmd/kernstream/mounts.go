@@ -12,7 +12,8 @@ import (
 )
 
 const mountsHelp = `Prints the mount table, and then every change of it, until it is interrupted.
-The marks are + mounted, - unmounted, > moved, ~ changed. Any user may run it.
+The marks are + mounted, - unmounted, > moved, ~ changed. The table does not
+count for -n. Any user may run it.
 
 A few changes wake nobody, such as propagation that is changed by mount(2):
 -rescan finds them. With -json, each line has the lists mounted, unmounted,

@@ -34,6 +34,8 @@ replaced as a whole, or not at all.
 
 Signals go to COMMAND. The exit status is that of COMMAND, 128 and the number of
 the signal that killed it; if that is 0, it is 5 when the record is incomplete.
+A COMMAND that still runs when -n or -timeout ends the record is killed, and does
+not count for the exit status.
 
 It needs CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH.
 
@@ -45,6 +47,9 @@ examples:
   kernstream record -dir /srv -tree 4711 -json
         what process 4711 and its descendants access below /srv, as it happens
 `
+
+// recordable are the events that -events takes.
+const recordable = kernstream.OpOpen | kernstream.OpAccess | kernstream.OpOpenExec | kernstream.OpModify | kernstream.OpClose | kernstream.OpOnDir
 
 // errIncomplete is the end of a record that misses something.
 var errIncomplete = errors.New("the record is incomplete")
@@ -60,7 +65,7 @@ func record(signals context.Context, env *environment, args []string) error {
 	output := flags.String("o", "", "write the record to `FILE`")
 	pid := flags.Int("pid", 0, "record the container that the process `P` is in")
 	dir := flags.String("dir", "", "record what is below the directory `D`")
-	events := flags.String("events", "open,access,open_exec", "what counts as an access: `EVENTS`, of open, access, open_exec, modify, close and ondir")
+	events := flags.String("events", "open,access,open_exec", "what counts as an access: `KINDS` of open, access, open_exec, modify, close and ondir")
 	options := &recorder.Options{}
 	flags.BoolVar(&options.OneMount, "one-mount", false, "leave out what is mounted below the root: volumes and the like")
 	flags.BoolVar(&options.Descendants, "descendants", false, "wait for what COMMAND has started, too")
@@ -85,8 +90,16 @@ func record(signals context.Context, env *environment, args []string) error {
 		return wrongUsage(flags, "-events: %v", err)
 	case targets != 1:
 		return wrongUsage(flags, "what is to be recorded? Give one of -pid, -dir and a COMMAND")
-	case *pid < 0:
-		return wrongUsage(flags, "-pid must not be negative")
+	case *pid < 0 || options.Tree < 0:
+		return wrongUsage(flags, "a process ID must not be negative")
+	case options.MaxFiles < 0:
+		return wrongUsage(flags, "-max-files must not be negative")
+	case options.Ops&^recordable != 0:
+		return wrongUsage(flags, "-events: %v is no access", options.Ops&^recordable)
+	case options.Tree != 0 && flags.NArg() > 0:
+		return wrongUsage(flags, "-tree is not for a COMMAND, which is recorded with all that it starts, and nothing else")
+	case options.Descendants && flags.NArg() == 0:
+		return wrongUsage(flags, "-descendants is for what a COMMAND starts")
 	}
 	r := &recordRun{env: env, common: common, options: options, output: *output}
 	if err := r.checkOutput(); err != nil {

@@ -315,9 +315,12 @@ func TestRecordUsage(t *testing.T) {
 		{"record -pid 1 -dir /", exitUsage, "what is to be recorded"},
 		{"record -pid -1", exitUsage, "negative"},
 		{"record -events opened true", exitUsage, `"opened"`},
-		{"record -events create true", exitFailure, "create"},
+		{"record -events open,create true", exitUsage, "-events: create is"},
+		{"record -tree 1 -descendants -dir /", exitUsage, "-descendants"},
+		{"record -tree 1 true", exitUsage, "-tree"},
+		{"record -tree -1 -dir /", exitUsage, "negative"},
+		{"record -max-files -1 true", exitUsage, "-max-files"},
 		{"record -o /none/x true", exitFailure, "/none"},
-		{"record -tree 1 -descendants -dir /", exitFailure, "Descendants"},
 		{"record -help", exitDone, ""},
 	} {
 		if r := kernstreamRun(t, strings.Fields(c.args)...); r.status != c.status || !strings.Contains(r.stderr, c.word) {

@@ -36,7 +36,10 @@ func waitProcesses(ctx context.Context, env *environment, args []string) error {
 	}
 	defer cancel()
 	pids, err := parsePIDs(flags.Args())
+	late := lateFlag(flags)
 	switch {
+	case late != "":
+		return wrongUsage(flags, "flags come before the first PID: %s", late)
 	case err != nil:
 		return wrongUsage(flags, "%v", err)
 	case len(pids) == 0:

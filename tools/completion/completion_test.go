@@ -43,7 +43,7 @@ func script(t *testing.T, shell string) string {
 	return path
 }
 
-// output runs a program, in a directory with two files of odd names.
+// output runs a program, in a directory with two files and a directory.
 func output(t *testing.T, program string, args ...string) []string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -65,6 +65,9 @@ func output(t *testing.T, program string, args ...string) []string {
 func directory(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "lounge"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range []string{"letter", "long letter"} {
 		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o644); err != nil {
 			t.Fatal(err)
@@ -94,7 +97,7 @@ func (q question) check(t *testing.T, got []string) {
 var ownPID = fmt.Sprint(os.Getpid())
 
 var questions = []question{
-	{"", []string{"completion", "files", "mounts", "wait"}, true},
+	{"", []string{"completion", "files", "help", "mounts", "record", "wait"}, true},
 	{"mo", []string{"mounts"}, false},
 	{"help wa", []string{"wait"}, false},
 	{"mounts -ti", []string{"-timeout"}, false},
@@ -105,14 +108,16 @@ var questions = []question{
 	{"wait -any ", []string{ownPID}, true},
 	{"files -type m", []string{"mount"}, false},
 	{"files -events open,close_w", []string{"open,close_write"}, false},
-	{"files l", []string{"letter", "long letter"}, false},
+	{"record -events open,cl", []string{"open,close", "open,close_nowrite", "open,close_write"}, false},
+	{"files le", []string{"letter"}, false},
+	{"files lon", []string{"long letter"}, false},
 	{"completion ", []string{"bash", "fish", "zsh"}, false},
 }
 
 // bash calls the function as it does when a user presses the tab key.
 func TestBash(t *testing.T) {
 	path := script(t, "bash")
-	for _, q := range append(questions, question{"mounts -via=f", []string{"fanotify"}, false}) {
+	for _, q := range append(questions, question{"mounts -via=f", []string{"fanotify"}, false}, question{"record -dir l", []string{"lounge"}, false}) {
 		line := strings.ReplaceAll(q.line, "=", " = ")
 		words := strings.Split("kernstream "+line, " ")
 		args := append([]string{"--norc", "--noprofile", "-c", `
@@ -128,7 +133,7 @@ func TestBash(t *testing.T) {
 // fish answers by its builtin complete.
 func TestFish(t *testing.T) {
 	path := script(t, "fish")
-	for _, q := range append(questions, question{"mounts -via=f", []string{"-via=fanotify"}, false}) {
+	for _, q := range append(questions, question{"mounts -via=f", []string{"-via=fanotify"}, false}, question{"record -dir l", []string{"lounge/"}, false}) {
 		answers := output(t, "fish", "--no-config", "-c", "source $argv[1]; complete -C $argv[2]", path, "kernstream "+q.line)
 		for i, answer := range answers {
 			answers[i], _, _ = strings.Cut(answer, "\t") // the description
@@ -171,7 +176,9 @@ func TestZsh(t *testing.T) {
 		"files -type m":               "files -type mount ",
 		"files -events open,close_w":  "files -events open,close_write,", // this, too
 		"files let":                   "files letter ",
-		"files -pid 1 lo":             `files -pid 1 long\ letter `,
+		"record -dir l":               "record -dir lounge/",
+		"hel":                         "help ",
+		"files -pid 1 lon":            `files -pid 1 long\ letter `,
 		"completion z":                "completion zsh ",
 		"mounts -json -pid " + ownPID: "mounts -json -pid " + ownPID + " ",
 		"wait -any " + ownPID:         "wait -any " + ownPID + " ",
