@@ -232,10 +232,11 @@ func TestWaitOutput(t *testing.T) {
 	when := time.Date(2024, 2, 29, 12, 0, 0, 123456789, time.FixedZone("", 3600))
 	id := kernstream.ProcessID{PID: 4711, ID: 171697, Boot: "b"}
 	events := []*kernstream.ProcessEvent{
+		// The first two are in README.
 		{StatusKnown: true},
+		{Process: kernstream.ProcessID{PID: 4712, ID: 171698, Boot: "b"}, StatusKnown: true, Status: syscall.WaitStatus(unix.SIGSEGV) | 0x80},
 		{StatusKnown: true, Status: 42 << 8},
 		{StatusKnown: true, Status: syscall.WaitStatus(unix.SIGKILL)},
-		{StatusKnown: true, Status: syscall.WaitStatus(unix.SIGSEGV) | 0x80},
 		{StatusKnown: true, Status: 40},
 		{},
 		{Phase: kernstream.Reaped, StatusKnown: true, Status: 1 << 8},
