@@ -130,7 +130,7 @@ func openFlagNames(flags int) string {
 // for.
 //
 // C has a buffer of 64 events, and none if FileOptions.Class lets events wait for
-// an answer: what is delivered then was received. Mark, Unmark, Flush and Control may be called at
+// an answer: what is delivered then was received. All methods may be called at
 // any time, from any goroutine.
 type FileWatcher struct {
 	*Stream[*FileEvent]
@@ -154,15 +154,16 @@ const fileBuffer = 64
 //
 // Any user may mark inodes that he can read, and then learns the paths of marked
 // objects and of the files in marked directories, for as long as these are not
-// renamed, but not which process it was. Everything else needs CAP_SYS_ADMIN, and the paths of a whole
-// mount or file system CAP_DAC_READ_SEARCH, too.
+// renamed, but not which process it was. Of a directory in a marked one he
+// learns the path only when it is made, removed or renamed. Everything else needs
+// CAP_SYS_ADMIN, and the paths of a whole mount or file system, and of those
+// directories, CAP_DAC_READ_SEARCH, too.
 //
 // The watcher keeps a directory open on each mount with a mark as long as there
 // is a mark of that file system, or an event in the queue, so that the mount is
-// busy (umount -l works). It
-// takes up to two of the 128 groups that a user may have (max_user_groups), and
-// one more to be told of renamed directories. The queue of a watcher in use
-// costs nobody a thread.
+// busy (umount -l works). It takes up to two of the 128 groups that a user may
+// have (max_user_groups), and one more to be told of renamed directories. The
+// queue of a watcher in use costs nobody a thread.
 //
 // A slow consumer loses nothing until the kernel's queue is full. That is an
 // event with OpOverflow: a scan of the files that begins after it finds what

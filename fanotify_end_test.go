@@ -150,6 +150,12 @@ func testUnprivileged(t testing.TB, dir string) {
 	l.want(told{"d/new": opOpen | kernstream.OpCreate})
 	l.do(os.Remove(l.path("d/new")))
 	l.want(told{"d/new": kernstream.OpDelete})
+	l.do(os.Mkdir(l.path("d/sub"), 0o755))
+	l.want(told{"d/sub": kernstream.OpCreate | onDir})
+	l.list("d/sub")
+	l.want(told{" (unknown)": opOpen | onDir})
+	l.do(os.Remove(l.path("d/sub")))
+	l.want(told{"d/sub": kernstream.OpDelete | onDir})
 	l.do(os.Rename(l.path("d"), l.path("e")))
 	l.read("e/f")
 	if e := l.receive(); e.Path != "f" || e.PathState != kernstream.PathUnknown {

@@ -126,7 +126,8 @@ func (op FileOp) names() []string {
 
 // ParseFileOp returns the operations that a list such as "open,close_write"
 // names: the names of [FileOp.String], and close and move for both of their
-// kind. They are separated by commas or |.
+// kind. They are separated by commas or |. A name that is none, and a list
+// without any, is an error that says which names there are.
 func ParseFileOp(list string) (FileOp, error) {
 	var ops FileOp
 	for name := range strings.FieldsFuncSeq(list, func(r rune) bool { return r == ',' || r == '|' }) {
@@ -137,7 +138,7 @@ func ParseFileOp(list string) (FileOp, error) {
 		ops |= op
 	}
 	if ops == 0 {
-		return 0, fmt.Errorf("kernstream: %q names no file operation", list)
+		return 0, fmt.Errorf("kernstream: %q names no file operation; there are %s", list, strings.Join(allOpNames(), ", "))
 	}
 	return ops, nil
 }

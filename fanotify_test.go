@@ -133,7 +133,7 @@ func TestFileOpNames(t *testing.T) {
 		}
 	}
 	for _, list := range []string{"", ",", "open,nothing", "OPEN", "mnt_attach", "0x20"} {
-		if got, err := kernstream.ParseFileOp(list); err == nil || !strings.Contains(err.Error(), "file operation") {
+		if got, err := kernstream.ParseFileOp(list); err == nil || !strings.Contains(err.Error(), "there are access, ") {
 			t.Errorf("%q is %v, %v; want an error", list, got, err)
 		}
 	}

@@ -144,7 +144,8 @@ type MountOptions struct {
 
 	// Namespace is an open /proc/PID/ns/mnt, or a file that one was bound
 	// to. It stays the caller's, and may be closed when the call returns. It
-	// needs CAP_SYS_ADMIN over the namespace (see setns(2)). PID must be 0.
+	// needs CAP_SYS_ADMIN over the namespace and CAP_SYS_CHROOT (see setns(2)).
+	// PID must be 0.
 	Namespace *os.File
 
 	// Filter tells which mounts to report. A mount that changes so that it

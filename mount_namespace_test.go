@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"runtime"
 	"slices"
 	"strings"
@@ -131,12 +132,27 @@ func TestMountOfNamespaceUnprivileged(t *testing.T) {
 		UidMappings: []syscall.SysProcIDMap{{HostID: os.Geteuid(), Size: 1}},
 		GidMappings: []syscall.SysProcIDMap{{HostID: os.Getegid(), Size: 1}},
 	}
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	if text := string(out); !strings.Contains(text, "permission: true") || !strings.Contains(text, "CAP_SYS_ADMIN") {
-		t.Errorf("the error is %s", text)
+	wantForbidden(t, cmd, "CAP_SYS_ADMIN")
+
+	cmd = testenv.Child(t, "enter")
+	tried := make(chan struct{})
+	onNewThread(func() {
+		defer close(tried)
+		// What this thread starts cannot have it.
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_SYS_CHROOT, 0, 0, 0); err != nil {
+			t.Error(err)
+			return
+		}
+		wantForbidden(t, cmd, "CAP_SYS_CHROOT")
+	})
+	<-tried
+}
+
+func wantForbidden(t *testing.T, enter *exec.Cmd, missing string) {
+	t.Helper()
+	out, err := enter.Output()
+	if text := string(out); err != nil || !strings.Contains(text, "permission: true") || !strings.Contains(text, missing) {
+		t.Errorf("%v: the error is %s; want that %s is missing", err, text, missing)
 	}
 }
 

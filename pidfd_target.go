@@ -397,7 +397,8 @@ func (id ProcessID) MarshalText() ([]byte, error) {
 	return fmt.Appendf(nil, "%d:%d:%s", id.PID, id.ID, id.Boot), nil
 }
 
-// UnmarshalText reads what MarshalText wrote.
+// UnmarshalText reads what MarshalText wrote. Anything else is an error, and
+// leaves the ID as it was.
 func (id *ProcessID) UnmarshalText(text []byte) error {
 	number, rest, _ := strings.Cut(string(text), ":")
 	inode, boot, ok := strings.Cut(rest, ":")

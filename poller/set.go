@@ -58,7 +58,8 @@ type Ready[V any] struct {
 	Value  V      // what it was added with
 }
 
-// NewSet returns a Set without descriptors.
+// NewSet returns a Set without descriptors. It takes one descriptor itself; the
+// errors are those of epoll_create1(2), such as EMFILE, and of [New].
 func NewSet[V any]() (*Set[V], error) {
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {

@@ -109,7 +109,7 @@ type Recording struct {
 }
 
 // Record records which files a target accesses, from the time of the call until it
-// ends or ctx is done. The target of a command is started, on a thread of its own.
+// ends or ctx is done. A [Command] is started, on a thread of its own.
 //
 // The stream ends by itself when the process that stands for the container, or the
 // command, has ended and all that it did has been delivered; the recording of a
