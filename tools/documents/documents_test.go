@@ -1,10 +1,12 @@
 // Package documents tests that the documents of the module say what is so: that
-// links lead somewhere, and that what a command is shown to print is what it
-// printed. (Package docs and the root package compile the programs.)
+// links lead somewhere, that what a command is shown to print is what it printed,
+// and that imports go the way that ARCHITECTURE.md shows. (Package docs and the
+// root package compile the programs.)
 package documents
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -109,5 +111,43 @@ func TestReadmeShows(t *testing.T) {
 	}
 	if shown != 2 {
 		t.Errorf("README shows the command %d times", shown)
+	}
+}
+
+// TestLayers: poller and internal/* import no package of the module, the root
+// package imports those alone, fuse and recorder what is below them, and all others
+// what they like.
+func TestLayers(t *testing.T) {
+	const module = "github.com/kernstream/kernstream"
+	layer := func(path string) int {
+		top, _, _ := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(path, module), "/"), "/")
+		switch top {
+		case "poller", "internal":
+			return 0
+		case "":
+			return 1
+		case "fuse", "recorder":
+			return 2
+		}
+		return 3
+	}
+	cmd := exec.Command("go", "list", "-f", `{{.ImportPath}} {{join .Imports " "}}`, "./...")
+	cmd.Dir = root
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	packages := strings.Split(strings.TrimSpace(string(out)), "\n")
+	for _, line := range packages {
+		imports := strings.Fields(line)
+		for _, path := range imports[1:] {
+			ours := path == module || strings.HasPrefix(path, module+"/")
+			if ours && layer(imports[0]) < 3 && layer(path) >= layer(imports[0]) {
+				t.Errorf("%s imports %s", imports[0], path)
+			}
+		}
+	}
+	if len(packages) < 20 {
+		t.Errorf("there are %d packages", len(packages))
 	}
 }
