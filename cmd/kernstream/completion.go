@@ -169,7 +169,7 @@ func bashCompletion(all []outline) string {
 				fmt.Fprintf(&cases, "\t%s:-%s) %s ;;\n", o.name, f.name, bashWords(f.value))
 			}
 		}
-		fmt.Fprintf(&cases, "\t%s:*) if [[ $cur == -* ]]; then _kernstream_words %s; else %s; fi ;;\n",
+		fmt.Fprintf(&cases, "\t%s:*) if [[ $cur == -* && $flag != -- ]]; then _kernstream_words %s; else %s; fi ;;\n",
 			o.name, quoted(strings.Join(append(flags, "-help"), " ")), bashWords(o.operands))
 	}
 	return fmt.Sprintf(`# Completion of kernstream for bash; made by "kernstream completion bash".
@@ -194,8 +194,16 @@ _kernstream_directories() {
 	COMPREPLY=($(compgen -d -- "$cur"))
 }
 
+_kernstream_program() {
+	if [[ $flag == -- && ${COMP_WORDS[COMP_CWORD-1]} != -- ]]; then
+		_kernstream_files
+	else
+		COMPREPLY=($(compgen -c -- "$cur"))
+	fi
+}
+
 _kernstream() {
-	local cur=${COMP_WORDS[COMP_CWORD]} flag=${COMP_WORDS[COMP_CWORD-1]}
+	local cur=${COMP_WORDS[COMP_CWORD]} flag=${COMP_WORDS[COMP_CWORD-1]} i
 	COMPREPLY=()
 	# -flag=value is three words here.
 	if [[ $cur == = ]]; then
@@ -204,6 +212,10 @@ _kernstream() {
 		flag=${COMP_WORDS[COMP_CWORD-2]}
 	fi
 	[[ $flag == --?* ]] && flag=${flag#-}
+	# Behind -- there are no flags.
+	for ((i = 2; i < COMP_CWORD; i++)); do
+		[[ ${COMP_WORDS[i]} == -- ]] && flag=--
+	done
 	if ((COMP_CWORD == 1)); then
 		_kernstream_words %s
 		return
@@ -230,7 +242,7 @@ func bashWords(m meaning) string {
 	case m.is == isDirectory:
 		return "_kernstream_directories"
 	case m.is == isProgram:
-		return `COMPREPLY=($(compgen -c -- "$cur"))`
+		return "_kernstream_program"
 	}
 	return ":"
 }
@@ -242,7 +254,7 @@ func zshCompletion(all []outline) string {
 	fmt.Fprintf(&names, "\t\t%s\n", quoted("help:"+helpSummary))
 	for _, o := range all {
 		fmt.Fprintf(&names, "\t\t%s\n", quoted(o.name+":"+o.summary))
-		fmt.Fprintf(&cases, "\t%s)\n\t\t_arguments : \\\n", o.name)
+		fmt.Fprintf(&cases, "\t%s)\n\t\t_arguments -S : \\\n", o.name)
 		for _, f := range o.flags {
 			spec := fmt.Sprintf("-%s=[%s]:value:%s", f.name, zshText(f.usage), zshAction(f.value))
 			if f.boolean {
@@ -251,7 +263,10 @@ func zshCompletion(all []outline) string {
 			fmt.Fprintf(&cases, "\t\t\t%s \\\n", quoted(spec))
 		}
 		// Where nothing can be said of operands, flags would not be completed.
-		if action := zshAction(o.operands); action != zshNothing {
+		switch action := zshAction(o.operands); {
+		case o.operands.is == isProgram:
+			fmt.Fprintf(&cases, "\t\t\t%s \\\n\t\t\t%s\n", quoted("(-):operand:"+action), quoted("*::operand:_normal"))
+		case action != zshNothing:
 			fmt.Fprintf(&cases, "\t\t\t%s\n", quoted("*:operand:"+action))
 		}
 		cases.WriteString("\t\t;;\n")
@@ -323,7 +338,11 @@ func fishCompletion(all []outline) string {
 	fmt.Fprintf(&b, "complete -c kernstream -n '__fish_seen_subcommand_from help' -a %s\n", quoted(strings.Join(names, " ")))
 	for _, o := range all {
 		within := "complete -c kernstream -n '__fish_seen_subcommand_from " + o.name + "'"
-		if action := fishAction(o.operands); action != "" {
+		action := fishAction(o.operands)
+		if o.operands.is == isProgram {
+			action = fishProgram(o)
+		}
+		if action != "" {
 			fmt.Fprintf(&b, "%s%s\n", within, action)
 		}
 		for _, f := range o.flags {
@@ -352,10 +371,20 @@ func fishAction(m meaning) string {
 		return " -F"
 	case m.is == isDirectory:
 		return " -a '(__fish_complete_directories)'"
-	case m.is == isProgram:
-		return " -a '(__fish_complete_subcommand)'"
 	}
 	return ""
+}
+
+// fishProgram completes a command line behind kernstream, the name of the command
+// and its flags, of which fish must know those that take a value.
+func fishProgram(o outline) string {
+	action := " -a '(__fish_complete_subcommand --fcs-skip=2"
+	for _, f := range o.flags {
+		if !f.boolean {
+			action += " -" + f.name
+		}
+	}
+	return action + ")'"
 }
 
 // quoted returns s as one word of a shell.

@@ -111,6 +111,8 @@ var questions = []question{
 	{"record -events open,cl", []string{"open,close", "open,close_nowrite", "open,close_write"}, false},
 	{"files le", []string{"letter"}, false},
 	{"files lon", []string{"long letter"}, false},
+	{"record -- ba", []string{"bash"}, true},
+	{"record -o x -- cat let", []string{"letter"}, false},
 	{"completion ", []string{"bash", "fish", "zsh"}, false},
 }
 
@@ -177,6 +179,7 @@ func TestZsh(t *testing.T) {
 		"files -events open,close_w":  "files -events open,close_write,", // this, too
 		"files let":                   "files letter ",
 		"record -dir l":               "record -dir lounge/",
+		"record -o x -- cat let":      "record -o x -- cat letter ",
 		"hel":                         "help ",
 		"files -pid 1 lon":            `files -pid 1 long\ letter `,
 		"completion z":                "completion zsh ",
