@@ -40,6 +40,8 @@ type accessList struct {
 	timer *time.Timer
 	ended chan struct{} // closed when run has ended; nil: it has not begun
 
+	closer fileCloser
+
 	// The lock of an event's descriptors is taken before this one.
 	mu      sync.Mutex
 	waiting list.List // *permission, without an answer, the oldest first
@@ -95,6 +97,7 @@ func newAccessList(group responder, flags uint, options *FileOptions) (*accessLi
 		limit:     options.maxPending(),
 		wake:      make(chan struct{}, 1),
 		timer:     time.NewTimer(time.Hour),
+		closer:    fileCloser{closeOne: unix.Close, takesLong: readTakesLong, atOnce: readsAtOnce},
 	}
 	l.timer.Stop()
 	// No event has this number: the kernel looks at the answer first.
@@ -315,7 +318,7 @@ func (l *accessList) expire(now time.Time) {
 			break
 		}
 		l.answer(asked, errTooLate)
-		discardAll(undelivered)
+		l.discard(undelivered...)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -365,9 +368,14 @@ func (l *accessList) answer(asked []*permission, why error) {
 	}
 }
 
-func discardAll(events []*FileEvent) {
+// discard closes events that nobody gets, and does not wait for their file systems.
+func (l *accessList) discard(events ...*FileEvent) {
 	for _, e := range events {
-		e.Close()
+		for _, fd := range e.letGo().fds {
+			if fd >= 0 {
+				l.closer.close(fd)
+			}
+		}
 	}
 }
 
@@ -381,10 +389,10 @@ func (l *accessList) end() {
 			break
 		}
 		l.answer(asked, errEnded)
-		discardAll(undelivered)
+		l.discard(undelivered...)
 	}
 	for e := l.first(); e != nil; e = l.first() {
 		l.delivered(e)
-		e.Close()
+		l.discard(e)
 	}
 }

@@ -381,6 +381,7 @@ func TestAccessCloseBeforeWritten(t *testing.T) {
 		}
 		l.group.mu.Unlock()
 		l.end()
+		l.list.closer.running.Wait()
 		if got := l.group.got(fd); got != "[allow]" || open() {
 			t.Errorf("at the end: %s, open is %v", got, open())
 		}

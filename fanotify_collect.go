@@ -1,10 +1,6 @@
 package kernstream
 
-import (
-	"golang.org/x/sys/unix"
-
-	"github.com/kernstream/kernstream/internal/fanotify"
-)
+import "github.com/kernstream/kernstream/internal/fanotify"
 
 // Answers that are written together.
 //
@@ -57,12 +53,13 @@ func (l *accessList) write() {
 		if len(batch) == 0 {
 			return
 		}
-		l.send(batch)
+		l.closer.close(l.send(batch)...)
 	}
 }
 
 // settle takes the answer to a question that nobody gets, to write it with others:
-// Allow, or the default one. Who calls it calls writeCollected before it waits.
+// Allow, or the default one. Who calls it, and may be held up by a file system,
+// calls writeCollected before it waits.
 func (l *accessList) settle(raw fanotify.Event, allow bool) {
 	fd := raw.FD()
 	discardProcess(raw)
@@ -74,24 +71,26 @@ func (l *accessList) settle(raw fanotify.Event, allow bool) {
 	full := len(l.collected) >= answersAtOnce
 	l.mu.Unlock()
 	if full {
-		l.writeCollected()
+		closeAll(l.writeCollected())
 	}
 }
 
-// writeCollected writes what is collected.
-func (l *accessList) writeCollected() {
+// writeCollected writes what is collected. It returns the descriptors that are to be
+// closed.
+func (l *accessList) writeCollected() (unused []int) {
 	l.mu.Lock()
 	batch := l.collected
 	l.collected = nil
 	l.mu.Unlock()
-	if len(batch) > 0 {
-		l.send(batch)
+	if len(batch) == 0 {
+		return nil
 	}
+	return l.send(batch)
 }
 
-// send writes answers, all that are the same by one call, and closes the
+// send writes answers, all that are the same by one call. It returns the
 // descriptors of events that nobody has, or that were closed meanwhile.
-func (l *accessList) send(batch []collected) {
+func (l *accessList) send(batch []collected) (unused []int) {
 	fds := make([]int, 0, len(batch))
 	for _, allow := range []bool{true, false} {
 		fds = fds[:0]
@@ -108,6 +107,7 @@ func (l *accessList) send(batch []collected) {
 	}
 	fds = fds[:0]
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	for _, answer := range batch {
 		p := answer.asked
 		if p != nil {
@@ -117,10 +117,7 @@ func (l *accessList) send(batch []collected) {
 			fds = append(fds, answer.fd)
 		}
 	}
-	l.mu.Unlock()
-	for _, fd := range fds {
-		unix.Close(fd)
-	}
+	return fds
 }
 
 // writeAlone waits until all that the consumer has allowed is written. From then

@@ -227,26 +227,42 @@ func (e *FileEvent) Detach() (*os.File, error) {
 // that was not answered gets the default answer before. It may be called again,
 // and returns nil.
 func (e *FileEvent) Close() error {
+	owned := e.letGo()
+	if owned.file != nil {
+		owned.file.Close()
+	}
+	for _, fd := range owned.fds {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
+	return nil
+}
+
+// An owned is what an event owned, and has to be closed.
+type owned struct {
+	file *os.File
+	fds  [2]int // -1: none
+}
+
+// letGo does all that Close does but for closing: that may wait for a file system,
+// while somebody waits for the lock of the descriptors to answer others.
+func (e *FileEvent) letGo() owned {
 	if e.own == nil {
-		return nil
+		return owned{nil, [2]int{-1, -1}}
 	}
 	e.own.mu.Lock()
 	defer e.own.mu.Unlock()
 	if e.own.asks != nil && e.own.asks.close() {
 		e.own.fd = -1
 	}
-	if e.own.file != nil {
-		e.own.file.Close()
-	}
-	if e.own.fd >= 0 && (e.own.file == nil || e.own.asks != nil) {
-		unix.Close(e.own.fd)
-	}
-	if e.own.pidfd >= 0 {
-		unix.Close(e.own.pidfd)
+	last := owned{e.own.file, [2]int{e.own.fd, e.own.pidfd}}
+	if e.own.file != nil && e.own.asks == nil {
+		last.fds[0] = -1 // that of file
 	}
 	e.own.file, e.own.fd, e.own.pidfd = nil, -1, -1
 	e.own.pidfdErr = os.ErrClosed
-	return nil
+	return last
 }
 
 func (e *FileEvent) failed(op string, err error) error { return fileError(op, e.Path, err) }

@@ -109,7 +109,7 @@ type permissionReader struct {
 
 	buf   []byte       // has room for one event
 	most  int          // with less, there is no room for two
-	since atomic.Int64 // when the read began that is under way, from the start of all; 0: none is
+	since atomic.Int64 // when it began what may take long: to read, or to close; from the start of all. 0: nothing
 }
 
 func newPermissionReader(group *fileGroup, paths *pathCache, access *accessList) *permissionReader {
@@ -125,9 +125,9 @@ func newPermissionReader(group *fileGroup, paths *pathCache, access *accessList)
 // this one would wait, too.
 func (r *permissionReader) next(ctx context.Context, fd int) (more bool, err error) {
 	n, err := r.readNow(fd)
-	r.since.Store(0)
 	if n == 0 && err == nil {
-		r.access.writeCollected()
+		closeAll(r.access.writeCollected())
+		r.since.Store(0)
 		return false, nil
 	}
 	r.when = time.Now()
@@ -258,7 +258,7 @@ func (r *permissionReader) turnAway(b []byte) {
 
 // drain gives the default answer to all that is in the queue of the group.
 func (r *permissionReader) drain() {
-	defer r.access.writeCollected()
+	defer func() { closeAll(r.access.writeCollected()) }()
 	for {
 		n, err := 0, error(nil)
 		if cerr := r.group.file.Control(func(fd int) { n, err = r.readNow(fd) }); cerr != nil {

@@ -265,7 +265,13 @@ func fuseConnection(t testing.TB, dir string) string {
 // abortFUSE ends all requests to a FUSE server.
 func abortFUSE(t testing.TB, dir string) {
 	t.Helper()
-	if err := os.WriteFile(filepath.Join(fuseConnection(t, dir), "abort"), []byte("1"), 0o200); err != nil {
+	abortConnection(t, fuseConnection(t, dir))
+}
+
+// abortConnection does that by the directory of the connection.
+func abortConnection(t testing.TB, connection string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(connection, "abort"), []byte("1"), 0o200); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -20,7 +20,8 @@ import (
 // stands still itself since it waits for an answer, the read does not return, and
 // those who ask next would wait for a file that is not theirs. So a read that
 // takes too long is left to itself, and another goroutine reads on. What it has
-// read in the end is judged as all the rest.
+// read in the end is judged as all the rest. It also tells the file system of each
+// close, which may take as long.
 
 const (
 	// readTakesLong is when another goroutine reads on.
@@ -88,7 +89,7 @@ var errRelieved = errors.New("somebody else reads")
 // group cannot be read any more.
 func (rs *permissionReaders) run(ctx context.Context, r *permissionReader, file *poller.File) error {
 	defer file.CancelOn(ctx)()
-	defer r.access.writeCollected()
+	defer func() { closeAll(r.access.writeCollected()) }()
 	err := file.Wait(func(fd int) (bool, error) {
 		// What comes after the last event of a read wakes this wait again.
 		for more := true; more; {
@@ -113,7 +114,7 @@ func (rs *permissionReaders) run(ctx context.Context, r *permissionReader, file 
 	return fileError("read", "fanotify", err)
 }
 
-// watch notes that a read begins, and that somebody has to look how long it
+// watch notes that a read begins, with all that follows it, and that somebody has to look how long it
 // takes.
 func (rs *permissionReaders) watch(r *permissionReader) {
 	r.since.Store(max(1, int64(time.Since(rs.birth))))
@@ -137,7 +138,7 @@ func (rs *permissionReaders) relieve(ctx context.Context) {
 			return
 		}
 	}
-	rs.access.writeCollected()
+	rs.writeCollected()
 	left := readTakesLong - (time.Since(rs.birth) - time.Duration(since))
 	if left <= 0 {
 		left = readTakesLong
@@ -169,10 +170,15 @@ func (rs *permissionReaders) end() {
 		case <-empty:
 			return
 		case <-time.After(readTakesLong):
-			rs.access.writeCollected()
+			rs.writeCollected()
 		}
 	}
 	<-empty
+}
+
+// writeCollected writes what somebody has collected who is held up.
+func (rs *permissionReaders) writeCollected() {
+	rs.access.closer.close(rs.access.writeCollected()...)
 }
 
 // again returns another file for the same group.

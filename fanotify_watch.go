@@ -163,6 +163,9 @@ func (w *fileWatch) run(ctx context.Context, c chan<- *FileEvent) error {
 	w.endAsking()
 	w.readers.Wait()
 	w.endAsking() // of what a reader had in hand
+	if w.access != nil {
+		w.access.closer.running.Wait()
+	}
 	select {
 	case err = <-w.failed: // before, or because of nothing but itself
 	default:

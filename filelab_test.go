@@ -292,7 +292,8 @@ func init() { testenv.RegisterChild("fuse", fuseMain) }
 
 // fuseDir returns a directory with a FUSE file system that has one file, "f".
 // A child serves it, without statfs(2) if "no statfs" is asked for, and without
-// ever answering an open with "open hangs".
+// ever answering what "hangs" is said of: "open hangs", "flush hangs" (a close), or
+// "lookup hangs" (of any other name).
 func fuseDir(t testing.TB, without ...string) string {
 	t.Helper()
 	testenv.NeedRoot(t, "mounting FUSE")
@@ -338,7 +339,7 @@ func fuseMain(without []string) int {
 		switch opcode {
 		case 1: // LOOKUP
 			if node != 1 || string(body) != "f\x00" {
-				return nil, unix.ENOENT, true
+				return nil, unix.ENOENT, !slices.Contains(without, "lookup hangs")
 			}
 			entry := make([]byte, 40)
 			order.PutUint64(entry, 2)
@@ -361,7 +362,7 @@ func fuseMain(without []string) int {
 				return make([]byte, 80), 0, true
 			}
 		case 18, 25, 29, 38: // RELEASE, FLUSH, RELEASEDIR, DESTROY
-			return nil, 0, true
+			return nil, 0, opcode != 25 || !slices.Contains(without, "flush hangs")
 		case 26: // INIT
 			b := make([]byte, 64)
 			order.PutUint32(b, 7)

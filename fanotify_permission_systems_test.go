@@ -1,0 +1,65 @@
+package kernstream_test
+
+import (
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kernstream/kernstream"
+)
+
+// Permission events of file systems that do not answer.
+
+// hangingLab starts a watcher of a file on a tmpfs, and of a FUSE mount that does
+// not do what hangs says, until its connection is aborted.
+func hangingLab(t *testing.T, options *kernstream.FileOptions, hangs string) (l *fileLab, o *openers, dir, control string) {
+	t.Helper()
+	needMarks(t)
+	dir = fuseDir(t, hangs)
+	o = newOpeners(t)
+	l = &fileLab{t: t, dir: labDir(t)}
+	l.ensure("f")
+	w, err := kernstream.WatchFiles(t.Context(), options,
+		kernstream.Mark{Path: l.path("f"), Ops: openPerm}, kernstream.Mark{Type: kernstream.MarkMount, Path: dir, Ops: openPerm})
+	l.do(err)
+	l.w = w
+	t.Cleanup(func() { w.Close() })
+	control = fuseConnection(t, dir)
+	t.Cleanup(func() { abortConnection(t, control) })
+	return l, o, dir, control
+}
+
+// TestPermissionCloseHangs: a file system is told of each close, and may not
+// answer that either. Nobody else waits for it: neither those whose deadline comes,
+// nor those for whom there is no room, nor at the end of the stream.
+func TestPermissionCloseHangs(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		begin func(l *fileLab, o *openers, dir string)
+	}{
+		{"expired", func(l *fileLab, o *openers, dir string) {
+			o.want(o.begin("open", dir+"/f"), unix.EPERM)
+			o.want(o.begin("open", dir+"/f"), unix.EPERM)
+		}},
+		{"no room", func(l *fileLab, o *openers, dir string) {
+			e, result, _ := l.hold(o)
+			l.t.Cleanup(func() { e.Close() })
+			o.want(result, unix.EPERM)
+			o.want(o.begin("open", dir+"/f"), unix.EPERM)
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			options := contentOptions(deny)
+			options.Deadline = 50 * time.Millisecond
+			options.MaxPending = 1
+			l, o, dir, control := hangingLab(t, options, "flush hangs")
+			test.begin(l, o, dir)
+			for range 3 {
+				o.want(o.begin("open", l.path("f")), unix.EPERM)
+			}
+			abortConnection(t, control)
+			l.do(l.w.Close())
+		})
+	}
+}
