@@ -1,6 +1,8 @@
 package kernstream_test
 
 import (
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -61,5 +63,43 @@ func TestPermissionCloseHangs(t *testing.T) {
 			abortConnection(t, control)
 			l.do(l.w.Close())
 		})
+	}
+}
+
+// TestPermissionMarkHangs: while a mark waits for a file system, all who wait for
+// an answer get the default one at the end of the stream.
+func TestPermissionMarkHangs(t *testing.T) {
+	l, o, dir, control := hangingLab(t, contentOptions(deny), "lookup hangs")
+	marked := make(chan error, 1)
+	go func() { marked <- l.w.Mark(kernstream.Mark{Path: dir + "/nothing", Ops: openPerm}) }()
+	waitsForFUSE(t, control)
+	result := o.begin("open", l.path("f"))
+	e := l.receive()
+	unread := o.begin("open", l.path("f"))
+	o.waiting(2)
+	closed := make(chan struct{})
+	go func() {
+		l.w.Close()
+		close(closed)
+	}()
+	o.want(result, unix.EPERM)
+	o.want(unread, unix.EPERM)
+	l.do(e.Close())
+	abortConnection(t, control)
+	<-marked
+	<-closed
+}
+
+// waitsForFUSE waits until somebody waits for the file system of a connection.
+func waitsForFUSE(t testing.TB, control string) {
+	t.Helper()
+	for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+		text, err := os.ReadFile(filepath.Join(control, "waiting"))
+		if err != nil || time.Since(begin) > patience {
+			t.Fatalf("nobody waits: %q, %v", text, err)
+		}
+		if string(text) != "0\n" {
+			return
+		}
 	}
 }

@@ -154,13 +154,14 @@ func (w *fileWatch) run(ctx context.Context, c chan<- *FileEvent) error {
 	case err = <-w.failed:
 	case <-w.drain.Done():
 	}
-	w.mu.Lock()
-	w.closed = true // no reader starts from now on
-	w.mu.Unlock()
 	if w.drain.Err() == nil {
 		stop()
 	}
-	w.endAsking()
+	w.endAsking() // before the lock, since who sets a mark may wait for a file system
+	w.mu.Lock()
+	w.closed = true // no reader starts from now on
+	w.mu.Unlock()
+	w.endAsking() // of marks that were set meanwhile
 	w.readers.Wait()
 	w.endAsking() // of what a reader had in hand
 	if w.access != nil {
