@@ -88,6 +88,21 @@ func TestPermissionMarkHangs(t *testing.T) {
 	abortConnection(t, control)
 	<-marked
 	<-closed
+
+	// One of a watcher that starts is looked up before another is set.
+	_, o, dir, control = hangingLab(t, contentOptions(deny), "lookup hangs")
+	l.ensure("g")
+	go func() {
+		_, err := kernstream.WatchFiles(t.Context(), contentOptions(deny),
+			kernstream.Mark{Path: l.path("g"), Ops: openPerm}, kernstream.Mark{Path: dir + "/nothing", Ops: openPerm})
+		marked <- err
+	}()
+	waitsForFUSE(t, control)
+	o.want(o.begin("open", l.path("g")), 0)
+	abortConnection(t, control)
+	if err := <-marked; err == nil {
+		t.Error("a watcher of nothing")
+	}
 }
 
 // waitsForFUSE waits until somebody waits for the file system of a connection.

@@ -269,13 +269,20 @@ func (w *fileWatch) group(via FileVia) (g *fileGroup, err error) {
 func (w *fileWatch) add(marks []Mark) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	// All are looked up before the first is set: that may take a file system long,
+	// and whoever is asked about the first would wait.
+	targets := make([]*markTarget, len(marks))
+	for i := range marks {
+		target, err := w.lookUp(&marks[i])
+		if err != nil {
+			return markError(&marks[i], err)
+		}
+		defer target.close()
+		targets[i] = target
+	}
 	var undo []func()
 	for i := range marks {
-		target, err := w.addOne(&marks[i], &undo)
-		if target != nil {
-			defer target.close()
-		}
-		if err != nil {
+		if err := w.addOne(&marks[i], targets[i], &undo); err != nil {
 			for _, u := range slices.Backward(undo) {
 				u()
 			}
@@ -296,36 +303,38 @@ func markError(m *Mark, err error) error {
 	return fileError(op, m.name(), err)
 }
 
-// addOne sets one mark. undo gets what takes it away again, for which target
-// must be open.
-func (w *fileWatch) addOne(m *Mark, undo *[]func()) (target *markTarget, err error) {
+// lookUp returns the object of a mark that can be set.
+func (w *fileWatch) lookUp(m *Mark) (*markTarget, error) {
 	if w.closed {
 		return nil, os.ErrClosed
 	}
 	if err := m.check(&w.options); err != nil {
 		return nil, err
 	}
-	if target, err = m.target(w.systems.readlink); err != nil {
-		return nil, err
-	}
+	return m.target(w.systems.readlink)
+}
+
+// addOne sets one mark. undo gets what takes it away again, for which target
+// must be open.
+func (w *fileWatch) addOne(m *Mark, target *markTarget, undo *[]func()) error {
 	descriptor := m.Ops & w.options.Class.ops()
 	if w.first == ViaHandle {
 		err := w.set(ViaHandle, m, m.Ops, target, undo)
 		switch {
 		case err == nil && m.Ignore != NoIgnore && w.groups[ViaDescriptor] != nil && descriptor != 0:
 			// What it takes away may come from the other group.
-			return target, w.set(ViaDescriptor, m, descriptor, target, undo)
+			return w.set(ViaDescriptor, m, descriptor, target, undo)
 		case err == nil:
-			return target, nil
+			return nil
 		case !target.withoutHandles(err):
-			return target, m.explain(err, target)
+			return m.explain(err, target)
 		case m.Ops != descriptor:
-			return target, target.refuse(m, err)
+			return target.refuse(m, err)
 		}
 	} else if m.Ops != descriptor {
-		return target, errCannot("%v come without a descriptor, and the group of this watcher is of descriptors", m.Ops&^descriptor)
+		return errCannot("%v come without a descriptor, and the group of this watcher is of descriptors", m.Ops&^descriptor)
 	}
-	return target, m.explain(w.set(ViaDescriptor, m, m.Ops, target, undo), target)
+	return m.explain(w.set(ViaDescriptor, m, m.Ops, target, undo), target)
 }
 
 // withoutHandles tells whether a mark failed because the file system has no
