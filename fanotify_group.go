@@ -120,8 +120,8 @@ func (g *fileGroup) leastSize() int {
 // eventSize is what an event with a descriptor takes at most.
 func (g *fileGroup) eventSize() int {
 	size := g.leastSize()
-	if g.flags&unix.FAN_CLASS_PRE_CONTENT != 0 && g.flags&unix.FAN_REPORT_FD_ERROR != 0 {
-		size += 24 // the range, for which the kernel is new enough
+	if g.flags&unix.FAN_CLASS_PRE_CONTENT != 0 {
+		size += 24 // the range
 	}
 	return size
 }

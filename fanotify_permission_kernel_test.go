@@ -123,6 +123,19 @@ func TestPermissionPreAccess(t *testing.T) {
 		}
 	}
 	l.w.Close()
+
+	// A group that was made elsewhere may not tell of descriptors that it could not
+	// make, and yet of ranges.
+	group := rawGroup(t, unix.FAN_CLASS_PRE_CONTENT|unix.FAN_UNLIMITED_QUEUE)
+	l.watch(&kernstream.FileOptions{Group: group, Class: kernstream.ClassPreContent}, kernstream.Mark{Path: "f", Ops: preAccess})
+	result := o.begin("read", l.path("f"))
+	e := l.receive()
+	if e.Ops != preAccess || e.Offset != 12_288 || e.Length != 8_192 {
+		t.Errorf("event %v, bytes %d+%d", e, e.Offset, e.Length)
+	}
+	l.do(e.Deny(unix.EIO))
+	l.do(e.Close())
+	o.want(result, unix.EIO)
 }
 
 // TestPermissionClasses: a watcher of ClassPreContent is asked before one of
