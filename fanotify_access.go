@@ -32,6 +32,7 @@ type accessList struct {
 	byDefault Response
 	deadline  time.Duration // 0: none
 	limit     int           // of held, and of kept
+	together  int           // how many answers are collected: their descriptors are open
 
 	defaulted atomic.Uint64 // how many got the default answer
 
@@ -95,6 +96,7 @@ func newAccessList(group responder, flags uint, options *FileOptions) (*accessLi
 		byDefault: options.Default,
 		deadline:  options.deadline(),
 		limit:     options.maxPending(),
+		together:  atMost(answersAtOnce),
 		wake:      make(chan struct{}, 1),
 		timer:     time.NewTimer(time.Hour),
 		closer:    fileCloser{closeOne: unix.Close, takesLong: readTakesLong, atOnce: readsAtOnce},

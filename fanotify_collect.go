@@ -68,7 +68,7 @@ func (l *accessList) settle(raw fanotify.Event, allow bool) {
 	}
 	l.mu.Lock()
 	l.collected = append(l.collected, collected{fd, allow, nil})
-	full := len(l.collected) >= answersAtOnce
+	full := len(l.collected) >= l.together
 	l.mu.Unlock()
 	if full {
 		closeAll(l.writeCollected())

@@ -412,6 +412,42 @@ func TestPermissionNoDescriptors(t *testing.T) {
 	o.want(result, 0)
 }
 
+// TestPermissionFewDescriptors: those for whom there is no room get the default
+// answer, and not EPERM from the kernel since their answers are still to be written
+// and descriptors have run out.
+func TestPermissionFewDescriptors(t *testing.T) {
+	needMarks(t)
+	o := newOpeners(t)
+	testenv.NoLeaks(t)
+	l := &fileLab{t: t, dir: labDir(t)}
+	l.ensure("f")
+	group := rawGroup(t, unix.FAN_CLASS_CONTENT|unix.FAN_UNLIMITED_QUEUE)
+	l.do(unix.FanotifyMark(int(group.Fd()), unix.FAN_MARK_ADD, unix.FAN_OPEN_PERM, unix.AT_FDCWD, l.path("f")))
+	results := make([]<-chan opened, 300)
+	for i := range results {
+		results[i] = o.begin("open", l.path("f"))
+	}
+	o.waiting(len(results))
+	var limit unix.Rlimit
+	l.do(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	low := limit
+	low.Cur = 200
+	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	options := contentOptions(allow)
+	options.Group = group
+	options.MaxPending = 10
+	l.watch(options)
+	l.drained()
+	l.do(l.w.Close())
+	for _, result := range results {
+		o.want(result, 0)
+	}
+	if n := l.w.Defaulted(); n != uint64(len(results)) {
+		t.Errorf("%d default answers; want %d", n, len(results))
+	}
+}
+
 // TestPermissionErrnos: what is denied fails with the errno that the class has;
 // any other response is refused, and the event goes on waiting.
 func TestPermissionErrnos(t *testing.T) {
