@@ -54,7 +54,7 @@ type accessList struct {
 	// Answers that are to be written together. See collect.
 	collected []collected
 	writing   bool // a goroutine does, and then looks here again
-	alone     bool // the consumer's answers are written one by one
+	over      bool // nobody waits any more, and the consumer's answers are written one by one
 	writers   sync.WaitGroup
 }
 
@@ -187,12 +187,15 @@ func (l *accessList) count(n *int) bool {
 }
 
 // enter puts an event that was counted on the list. Its descriptor stays open
-// until offer has been called.
+// until offer has been called, which answers it if the end has come.
 func (l *accessList) enter(e *FileEvent) {
 	p := &permission{list: l, own: e.own, fd: e.own.fd, held: true}
 	e.own.asks = p
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.over {
+		return
+	}
 	p.waits = l.waiting.PushBack(p)
 	if l.deadline > 0 {
 		p.expires = e.When.Add(l.deadline)
@@ -224,7 +227,7 @@ func (l *accessList) place(e *FileEvent) bool {
 	defer l.mu.Unlock()
 	p := e.question()
 	if p != nil && p.waits == nil {
-		return false // it expired before it was complete
+		return false // it expired, or the end came, before it was complete
 	}
 	if l.queue.Len() == 0 {
 		select {
@@ -382,7 +385,7 @@ func (l *accessList) discard(events ...*FileEvent) {
 }
 
 // end answers all events, and closes those that were not delivered, after run has
-// ended. What is entered meanwhile is for a second call.
+// ended. Events that do not ask, and are offered meanwhile, are for a second call.
 func (l *accessList) end() {
 	l.writeAlone()
 	for {

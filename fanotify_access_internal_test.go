@@ -212,6 +212,26 @@ func TestAccessAtOnce(t *testing.T) {
 	}
 }
 
+// TestAccessAfterEnd: what is read while the stream ends has its answer at once:
+// other readers may be held up, and nobody waits for these.
+func TestAccessAfterEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newAccessLab(t, &FileOptions{Deadline: NoDeadline, MaxPending: 10})
+		before := l.ask(noDescriptors)
+		l.end()
+		l.list.offer(before) // its path was looked up meanwhile
+		l.list.offer(l.ask(noDescriptors + 1))
+		for i := range 2 {
+			if got := l.group.got(noDescriptors + i); got != "[deny]" {
+				t.Errorf("event %d got %s", i, got)
+			}
+		}
+		if n := l.list.defaulted.Load(); n != 2 || l.list.held != 0 || l.list.queue.Len() != 0 {
+			t.Errorf("%d default answers, %d held", n, l.list.held)
+		}
+	})
+}
+
 // TestAccessOrder: events come in the order in which they were read, whether a
 // consumer waits or not, without those that expired.
 func TestAccessOrder(t *testing.T) {

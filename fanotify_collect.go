@@ -30,7 +30,7 @@ type collected struct {
 func (l *accessList) collect(p *permission) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.alone || l.waiting.Len() <= 1 && !l.writing {
+	if l.over || l.waiting.Len() <= 1 && !l.writing {
 		return false
 	}
 	p.unwritten = true
@@ -121,10 +121,10 @@ func (l *accessList) send(batch []collected) (unused []int) {
 }
 
 // writeAlone waits until all that the consumer has allowed is written. From then
-// on, that is never collected.
+// on, that is never collected, and no event is entered.
 func (l *accessList) writeAlone() {
 	l.mu.Lock()
-	l.alone = true
+	l.over = true
 	l.mu.Unlock()
 	l.writers.Wait()
 }
