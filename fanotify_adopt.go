@@ -38,8 +38,15 @@ func adoptGroup(file *os.File, options *FileOptions) (g *fileGroup, blocking boo
 	if err != nil {
 		return nil, false, fileError("adopt", file.Name(), err)
 	}
+	blocking = mode&unix.O_NONBLOCK == 0
 	g, err = newFileGroup(fd, flags, options)
-	return g, mode&unix.O_NONBLOCK == 0, err
+	if err != nil {
+		if blocking {
+			conn.Control(func(own uintptr) { unix.SetNonblock(int(own), false) })
+		}
+		return nil, false, err
+	}
+	return g, blocking, nil
 }
 
 // groupFlags returns the flags that a group was made with, from its fdinfo

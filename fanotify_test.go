@@ -401,6 +401,39 @@ func TestFileAdoptRefused(t *testing.T) {
 	wantError(t, err, os.ErrClosed)
 }
 
+func init() {
+	testenv.RegisterChild("no place in epoll", func([]string) int {
+		t := &childTest{}
+		group := rawGroup(t, unix.FAN_REPORT_DFID_NAME)
+		file, err := os.Open("/proc/self/mountinfo") // the runtime has its poller before that is refused
+		if err != nil {
+			t.Error(err)
+		}
+		file.Close()
+		if err := testenv.Refuse(unix.ENOSPC, testenv.Refusal{Call: unix.SYS_EPOLL_CTL}); err != nil {
+			t.Error(err)
+		}
+		_, err = kernstream.WatchFiles(t.Context(), &kernstream.FileOptions{Group: group})
+		wantError(t, err, unix.ENOSPC, "epoll_ctl", "max_user_watches")
+		if flags, err := unix.FcntlInt(group.Fd(), unix.F_GETFL, 0); err != nil || flags&unix.O_NONBLOCK != 0 {
+			t.Errorf("flags %#x, %v; want a file that blocks still", flags, err)
+		}
+		if t.failed {
+			return 1
+		}
+		return 0
+	})
+}
+
+// TestFileAdoptNoPlace: a group that the runtime's poller does not take stays the
+// caller's as it was, too.
+func TestFileAdoptNoPlace(t *testing.T) {
+	needMarks(t)
+	if out, err := testenv.Child(t, "no place in epoll").Output(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
 // TestParityF8Merged: what one process does to one file while the event waits
 // is one event: open, modify and close_write. (F8: the other two tests are
 // TestParityF6Overflow, and one of permission events.)
