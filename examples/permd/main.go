@@ -43,6 +43,7 @@ func main() {
 		os.Exit(2)
 	}
 	d.policyFile, d.byDefault, d.deadline = *policy, kernstream.Response{Allow: *byDefault == "allow"}, *deadline
+	signal.Ignore(syscall.SIGPIPE) // or the kernel would allow all that waits if nobody reads the log
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := d.main(ctx, *log, marks(*mount, flag.Args())); err != nil {
@@ -149,7 +150,7 @@ func (d *daemon) judge(e *kernstream.FileEvent) error {
 	}
 	record.Decision = response.String()
 	switch err := e.Respond(response); {
-	case errors.Is(err, os.ErrDeadlineExceeded):
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, os.ErrClosed): // too late, or after the end
 		record.Decision, record.Rule, record.Error = d.byDefault.String(), 0, err.Error()
 	case err != nil:
 		// An event without a descriptor, which the kernel has denied itself.

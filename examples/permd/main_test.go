@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kernstream/kernstream"
 	"github.com/kernstream/kernstream/internal/testenv"
 )
 
@@ -61,6 +62,14 @@ func newLab(t *testing.T, policy string, flags ...string) *lab {
 	args := append([]string{"-policy", l.file("policy"), "-log", l.file("log")}, flags...)
 	l.cmd = testenv.Child(t, "permd", append(args, l.dir)...)
 	l.cmd.Stderr = nil
+	// Nobody reads what would be on its standard output.
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	reader.Close()
+	defer writer.Close()
+	l.cmd.Stdout = writer
 	said, err := l.cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -169,10 +178,61 @@ func TestLog(t *testing.T) {
 	}
 }
 
+// Nobody reads its standard output any more: that is a log that cannot be written,
+// and does not kill it, so the default answer goes to whoever waits.
+func TestBrokenPipe(t *testing.T) {
+	l := newLab(t, "deny /nowhere\n", "-log", "", "-mount")
+	l.says("guarding")
+	l.open("public", unix.EPERM)
+	l.says("permd: write /dev/stdout: broken pipe")
+	l.cmd.Wait()
+	if code := l.cmd.ProcessState.ExitCode(); code != 1 {
+		t.Errorf("exit status %d: %v", code, l.cmd.ProcessState)
+	}
+}
+
+// What is answered by default at the end is in the log as that.
+func TestJudgeEnded(t *testing.T) {
+	testenv.NeedRoot(t, "permission events")
+	name := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(name, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, byDefault := range []kernstream.Response{{Allow: true}, {}} {
+		w, err := kernstream.WatchFiles(t.Context(), &kernstream.FileOptions{Class: kernstream.ClassContent, Default: byDefault},
+			kernstream.Mark{Path: name, Ops: kernstream.OpOpenPerm})
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := testenv.Child(t, "open", name)
+		started := make(chan error, 1)
+		go func() { started <- cmd.Start() }()
+		e := <-w.C
+		w.Close()
+		if err := <-started; err != nil {
+			t.Fatal(err)
+		}
+		cmd.Wait()
+		var log strings.Builder
+		d := &daemon{byDefault: byDefault, policy: policy{{1, !byDefault.Allow, "/"}}, log: json.NewEncoder(&log)}
+		if err := d.judge(e); err != nil {
+			t.Error(err)
+		}
+		var got decision
+		if err := json.Unmarshal([]byte(log.String()), &got); err != nil || got.Decision != byDefault.String() || got.Rule != 0 || got.Error == "" {
+			t.Errorf("%s, %v; want %v", log.String(), err, byDefault)
+		}
+		if opened := cmd.ProcessState.ExitCode() == 0; opened != byDefault.Allow {
+			t.Errorf("the opener: %v", cmd.ProcessState)
+		}
+	}
+}
+
 // A policy that cannot be read is an error that names the line.
 func TestParse(t *testing.T) {
 	for text, words := range map[string]string{
-		"allow srv": "no absolute path", "deny": "no absolute path", "allowed /srv": "neither allow nor deny", "deny /srv/[": "syntax error",
+		"deny /" + strings.Repeat("long", 1<<16): "token too long",
+		"allow srv":                              "no absolute path", "deny": "no absolute path", "allowed /srv": "neither allow nor deny", "deny /srv/[": "syntax error",
 	} {
 		name := filepath.Join(t.TempDir(), "policy")
 		if err := os.WriteFile(name, []byte("\n"+text+"\n"), 0o600); err != nil {

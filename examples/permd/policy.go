@@ -33,7 +33,8 @@ func readPolicy(name string) (policy, error) {
 	defer file.Close()
 	var rules policy
 	lines := bufio.NewScanner(file)
-	for n := 1; lines.Scan(); n++ {
+	n := 1
+	for ; lines.Scan(); n++ {
 		line := strings.TrimSpace(lines.Text())
 		if line == "" || line[0] == '#' {
 			continue
@@ -45,7 +46,10 @@ func readPolicy(name string) (policy, error) {
 		r.line = n
 		rules = append(rules, r)
 	}
-	return rules, lines.Err()
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("%s:%d: %w", name, n, err)
+	}
+	return rules, nil
 }
 
 func parseRule(line string) (rule, error) {
