@@ -33,11 +33,13 @@ const (
 // permissionReaders are who reads one group: one at a time, but for those that are
 // held up.
 type permissionReaders struct {
-	group   *fileGroup
-	systems *fileSystems
-	access  *accessList
-	running *sync.WaitGroup
-	failed  chan<- error
+	group     *fileGroup
+	systems   *fileSystems
+	access    *accessList
+	running   *sync.WaitGroup
+	failed    chan<- error
+	takesLong time.Duration // readTakesLong
+	atOnce    int           // readsAtOnce
 
 	birth   time.Time
 	current atomic.Pointer[permissionReader] // who reads; others leave when they can
@@ -119,7 +121,7 @@ func (rs *permissionReaders) run(ctx context.Context, r *permissionReader, file 
 func (rs *permissionReaders) watch(r *permissionReader) {
 	r.since.Store(max(1, int64(time.Since(rs.birth))))
 	if !rs.armed.Load() && rs.armed.CompareAndSwap(false, true) {
-		rs.timer.Reset(readTakesLong)
+		rs.timer.Reset(rs.takesLong)
 	}
 }
 
@@ -139,10 +141,10 @@ func (rs *permissionReaders) relieve(ctx context.Context) {
 		}
 	}
 	rs.writeCollected()
-	left := readTakesLong - (time.Since(rs.birth) - time.Duration(since))
+	left := rs.takesLong - (time.Since(rs.birth) - time.Duration(since))
 	if left <= 0 {
-		left = readTakesLong
-		if rs.n < readsAtOnce {
+		left = rs.takesLong
+		if rs.n < rs.atOnce {
 			if file, err := rs.group.again(); err == nil {
 				rs.add(ctx, file)
 			}
@@ -160,8 +162,8 @@ func (rs *permissionReaders) end() {
 	if rs.timer != nil {
 		rs.timer.Stop()
 	}
-	empty := make(chan struct{}, readsAtOnce)
-	for range readsAtOnce {
+	empty := make(chan struct{}, rs.atOnce)
+	for range rs.atOnce {
 		rs.running.Go(func() {
 			newPermissionReader(rs.group, nil, rs.access).drain()
 			empty <- struct{}{}
@@ -169,7 +171,7 @@ func (rs *permissionReaders) end() {
 		select {
 		case <-empty:
 			return
-		case <-time.After(readTakesLong):
+		case <-time.After(rs.takesLong):
 			rs.writeCollected()
 		}
 	}

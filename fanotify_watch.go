@@ -114,7 +114,10 @@ func (w *fileWatch) begin(marks []Mark) (err error) {
 		if w.access, err = newAccessList(g, g.flags, &w.options); err != nil {
 			return err
 		}
-		w.asked = &permissionReaders{group: g, systems: w.systems, access: w.access, running: &w.readers, failed: w.failed}
+		w.asked = &permissionReaders{
+			group: g, systems: w.systems, access: w.access, running: &w.readers, failed: w.failed,
+			takesLong: readTakesLong, atOnce: readsAtOnce,
+		}
 	}
 	if w.options.Group != nil {
 		return w.adoptMarks(g)
