@@ -194,7 +194,8 @@ const fileBuffer = 64
 // event is read: if its file system does not answer for half a second (FUSE, NFS),
 // another goroutine reads on, and those who ask about other files wait for that
 // long. Each file that is held up so takes a thread; with 64 of them nothing more
-// is read, so such a file system should have a watcher of its own.
+// is read, and nobody is answered whose event was not read, so such a file system
+// should have a watcher of its own. A close that takes long holds up nobody else.
 //
 // A process with such a watcher must not start others by executing what may be
 // marked: a program, its interpreter, a shared library. Between the clone and the
@@ -265,7 +266,7 @@ func (w *FileWatcher) Control(use func(fd int)) error { return w.watch.control(u
 // Defaulted returns how many operations have got the default answer, because
 // nobody answered in time, or more than MaxPending waited, or the event was
 // closed without an answer, or the stream has ended. It is final once C is
-// closed, but for events that the consumer had: these are answered by then.
+// closed: what the consumer still has is answered by then.
 func (w *FileWatcher) Defaulted() uint64 {
 	if w.watch.access == nil {
 		return 0
