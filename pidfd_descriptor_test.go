@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -311,5 +312,32 @@ func TestProcessDescriptorsAreNotInherited(t *testing.T) {
 	}
 	if text := string(out); strings.Contains(text, "pidfd") || strings.Contains(text, "eventpoll") {
 		t.Errorf("a program inherits\n%s", text)
+	}
+}
+
+// TestProcessNumberTooHigh: a number that no process can have is not taken for
+// the one that is left of it in 32 bits.
+func TestProcessNumberTooHigh(t *testing.T) {
+	if strconv.IntSize == 32 {
+		t.Log("there are no such numbers here")
+		return
+	}
+	testenv.NoLeaks(t)
+	w := newProcessWatcher(t)
+	for _, high := range []int64{1 << 32, -1 << 32} {
+		pid := int(high + int64(os.Getpid()))
+		process, err := os.FindProcess(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		saved := idOf(t, os.Getpid())
+		saved.PID = pid
+		for _, target := range []kernstream.Target{kernstream.PID(pid), kernstream.Saved(saved), kernstream.OfProcess(process)} {
+			_, err := w.Watch(target, nil)
+			if gone := errors.Is(err, os.ErrProcessDone); !gone && !errors.Is(err, unix.EINVAL) || gone && !errors.Is(err, unix.ESRCH) {
+				t.Errorf("%v: the error is %v; want one that says that there is no such process", target, err)
+			}
+		}
+		process.Release()
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -72,6 +73,10 @@ func (t osTarget) open() (openProcess, error) {
 	if t.process == nil {
 		return openProcess{}, processError("open", "process", errors.New("the os.Process is nil"))
 	}
+	if pid := t.process.Pid; pid != int(int32(pid)) {
+		// Its handle is of the process that has the lower half of the number.
+		return openProcess{}, processError("pidfd_open", t.String(), noSuchNumber())
+	}
 	fd := -1
 	var err error
 	herr := t.process.WithHandle(func(handle uintptr) { fd, err = duplicate(handle) })
@@ -79,7 +84,7 @@ func (t osTarget) open() (openProcess, error) {
 	case errors.Is(herr, os.ErrNoHandle):
 		return t.openChild()
 	case errors.Is(herr, os.ErrProcessDone):
-		return openProcess{}, processError("open", t.String(), goneError(os.NewSyscallError("pidfd_open", unix.ESRCH)))
+		return openProcess{}, processError("open", t.String(), noSuchNumber())
 	case cmp.Or(herr, err) != nil:
 		return openProcess{}, processError("fcntl", t.String(), withLimit(cmp.Or(err, herr)))
 	}
@@ -97,7 +102,7 @@ func (t osTarget) openChild() (openProcess, error) {
 	// Nothing is waited for here: the error tells whether it is a child.
 	err = unix.Waitid(unix.P_PIDFD, fd, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
 	if errors.Is(t.process.Signal(unix.Signal(0)), os.ErrProcessDone) {
-		err = goneError(os.NewSyscallError("pidfd_open", unix.ESRCH))
+		err = noSuchNumber()
 	} else if err != nil {
 		err = fmt.Errorf("the os.Process has no handle, so its number may be another process's: %w", os.ErrNoHandle)
 	}
@@ -238,6 +243,12 @@ func duplicate(fd uintptr) (int, error) {
 // openPidfd opens the process that has the number pid. The error, which wraps
 // that of pidfd_open(2), says what pid is instead.
 func openPidfd(pid int) (int, error) {
+	switch {
+	case pid <= 0:
+		return -1, os.NewSyscallError("pidfd_open", unix.EINVAL)
+	case pid > math.MaxInt32:
+		return -1, noSuchNumber() // the kernel would take the lower half of it
+	}
 	for tries := 0; ; tries++ {
 		fd, err := unix.PidfdOpen(pid, 0)
 		call := os.NewSyscallError("pidfd_open", err)
@@ -250,9 +261,6 @@ func openPidfd(pid int) (int, error) {
 			// The kernel itself never refuses.
 			return -1, fmt.Errorf("a sandbox (seccomp) forbids it: %w (%w)", errors.ErrUnsupported, call)
 		case unix.EINVAL, unix.ENOENT:
-			if pid <= 0 {
-				return -1, call
-			}
 			if tgid, ok := taskProcess(pid); ok && tgid != pid {
 				return -1, threadError(pid, tgid, err)
 			}
@@ -419,3 +427,6 @@ func processError(op, object string, err error) error {
 
 // goneError says that a process is gone.
 func goneError(err error) error { return fmt.Errorf("%w (%w)", os.ErrProcessDone, err) }
+
+// noSuchNumber is what pidfd_open(2) says of a process that is gone.
+func noSuchNumber() error { return goneError(os.NewSyscallError("pidfd_open", unix.ESRCH)) }
