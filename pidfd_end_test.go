@@ -98,6 +98,33 @@ func TestParityP9CloseAtOnce(t *testing.T) {
 	}
 }
 
+// TestStopAfterTheEnd: a watch still knows that its event was received when the
+// watcher was closed, or its context cancelled, right after that.
+func TestStopAfterTheEnd(t *testing.T) {
+	testenv.NoLeaks(t)
+	v := newVictim(t, "exit 0")
+	v.zombie(t)
+	for i := range testenv.SoakN(50) {
+		ctx, cancel := context.WithCancel(t.Context())
+		w, err := kernstream.NewProcessWatcher(ctx, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		first := watch(t, w, kernstream.PID(v.pid()), nil)
+		second := watch(t, w, kernstream.PID(v.pid()), nil)
+		time.Sleep(time.Millisecond) // the first event is on offer
+		next(t, w.C)
+		if i%2 == 0 {
+			cancel()
+		}
+		w.Close()
+		if !first.Stop() || second.Stop() {
+			t.Fatalf("Stop of what was received returned %v, of what was not %v", first.Stop(), second.Stop())
+		}
+		cancel()
+	}
+}
+
 func second[T any](_ T, err error) error { return err }
 
 // TestProcessCancel: a cancel ends all streams of a context, with its cause, and

@@ -37,11 +37,12 @@ type processFeed struct {
 
 // run offers events to the consumer until ctx is done.
 func (f *processFeed) run(ctx context.Context, c chan<- *ProcessEvent) error {
-	defer f.close()
+	sent := false
+	defer func() { f.close(sent) }()
 	f.table.mu.Lock()
 	f.c = c
 	f.table.mu.Unlock()
-	for sent := false; ctx.Err() == nil; {
+	for ctx.Err() == nil {
 		event, err := f.next(sent)
 		if err != nil {
 			return err
@@ -229,11 +230,12 @@ func (f *processFeed) release(h *Process, d *departures) {
 	f.table.settle(h.process, d)
 }
 
-// close ends all watches and lets go of all Processes.
-func (f *processFeed) close() {
+// close ends all watches and lets go of all Processes; sent tells that the event
+// on offer was received.
+func (f *processFeed) close(sent bool) {
 	f.table.mu.Lock()
 	f.closed = true
-	f.conclude(false)
+	f.conclude(sent)
 	f.table.mu.Unlock()
 	inBatches(f.closeBatch)
 	f.table.awaitRound() // the last events may have been received just before

@@ -174,7 +174,7 @@ func TestTableClosesMany(t *testing.T) {
 			t.Fatalf("%d entries; want %d", table.n, len(fds))
 		}
 		done := table.loopDone
-		feed.close()
+		feed.close(false)
 		if i := slices.IndexFunc(fds, isOpen); i >= 0 {
 			t.Fatalf("descriptor %d is open", fds[i])
 		}
