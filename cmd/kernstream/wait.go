@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strconv"
 	"syscall"
 
@@ -109,7 +110,8 @@ func watchAll(env *environment, watcher *kernstream.ProcessWatcher, pids []int, 
 		_, err := watcher.Watch(kernstream.PID(pid), options)
 		switch {
 		case err == nil:
-		case watcher.Err() != nil:
+		case errors.Is(err, os.ErrClosed):
+			watcher.Close() // Err is known once it has ended
 			return missed, watcher.Err()
 		case isOneProcess(err):
 			missed++

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"maps"
 	"os"
@@ -224,6 +225,32 @@ func TestWaitStatus(t *testing.T) {
 	l.cmd.Process.Signal(syscall.SIGINT)
 	if status := l.end(); status != 0 {
 		t.Errorf("status %d after an interrupt; want 0", status)
+	}
+}
+
+// TestWaitEndsWhileItBegins: a timeout or a signal that comes while there still are
+// processes to be watched is what ends the command, and not that they cannot be.
+func TestWaitEndsWhileItBegins(t *testing.T) {
+	self := []int{os.Getpid()}
+	for range 5 {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		watcher, err := kernstream.NewProcessWatcher(ctx, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// So many that ending them takes a while.
+		for range 5000 {
+			if _, err := watcher.Watch(kernstream.PID(self[0]), nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		go cancel(errTimeout)
+		for err == nil {
+			_, err = watchAll(&environment{}, watcher, self, nil)
+		}
+		if err != errTimeout {
+			t.Fatalf("the error is %v; want %v", err, errTimeout)
+		}
 	}
 }
 
