@@ -57,31 +57,40 @@ func run(ctx context.Context, in io.Reader, out io.Writer, state string) error {
 	defer w.Close()
 	s := &supervisor{out: out, watcher: w, state: state, alive: map[kernstream.ProcessID]bool{}}
 	if err := s.load(); err != nil {
-		return err
+		return unlessDone(ctx, err) // what was not loaded stays in the file
 	}
-	return errors.Join(s.supervise(ctx, readLines(ctx, in)), s.save())
+	return errors.Join(unlessDone(ctx, s.supervise(readLines(ctx, in))), s.save())
 }
 
 // saveDelay is for how long the state file may be behind: a thousand processes
 // may end at once. Who is killed meanwhile tells some ends again.
 const saveDelay = 50 * time.Millisecond
 
-func (s *supervisor) supervise(ctx context.Context, lines <-chan string) error {
+// unlessDone returns err, or nil if it is that ctx is done: Ctrl-C is no failure.
+func unlessDone(ctx context.Context, err error) error {
+	if errors.Is(err, context.Cause(ctx)) {
+		return nil
+	}
+	return err
+}
+
+// supervise takes the lines, and the error that there is when they end.
+func (s *supervisor) supervise(lines <-chan string, inputErr func() error) error {
 	var save <-chan time.Time
 	for lines != nil || len(s.alive) > 0 {
 		select {
 		case line, ok := <-lines:
 			if !ok {
 				lines = nil
+				if err := inputErr(); err != nil {
+					return fmt.Errorf("standard input: %w", err)
+				}
 			} else if err := s.watchNumber(line); err != nil {
 				return err
 			}
 		case e, ok := <-s.watcher.C:
 			if !ok {
-				if err := s.watcher.Err(); !errors.Is(err, context.Cause(ctx)) {
-					return err
-				}
-				return nil // Ctrl-C; the state has those that are left
+				return s.watcher.Err() // the state has those that are left
 			}
 			s.ended(e)
 		case <-save:
@@ -97,12 +106,14 @@ func (s *supervisor) supervise(ctx context.Context, lines <-chan string) error {
 	return nil
 }
 
-// readLines returns the lines of in as a stream does: until the end of either.
-func readLines(ctx context.Context, in io.Reader) <-chan string {
+// readLines returns the lines of in as a stream does: until the end of either, and
+// then there may be an error.
+func readLines(ctx context.Context, in io.Reader) (<-chan string, func() error) {
 	c := make(chan string)
+	scanner := bufio.NewScanner(in)
 	go func() {
 		defer close(c)
-		for scanner := bufio.NewScanner(in); scanner.Scan(); {
+		for scanner.Scan() {
 			select {
 			case c <- scanner.Text():
 			case <-ctx.Done():
@@ -110,7 +121,7 @@ func readLines(ctx context.Context, in io.Reader) <-chan string {
 			}
 		}
 	}()
-	return c
+	return c, scanner.Err
 }
 
 type supervisor struct {
@@ -142,6 +153,9 @@ func (s *supervisor) watch(target kernstream.Target) error {
 	case errors.Is(err, syscall.EINVAL):
 		fmt.Fprintln(s.out, err) // a thread, say
 		return nil
+	case errors.Is(err, os.ErrClosed):
+		s.watcher.Close()
+		return s.watcher.Err() // which is known once it has ended
 	case err != nil:
 		return err // no descriptor is left, say
 	}

@@ -2,7 +2,10 @@ package main
 
 import (
 	"bufio"
+	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,8 +13,10 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/iotest"
 	"time"
 
+	"github.com/kernstream/kernstream"
 	"github.com/kernstream/kernstream/internal/testenv"
 )
 
@@ -183,6 +188,47 @@ func waitGone(t *testing.T, pid int) {
 		if time.Since(begin) > patience {
 			t.Fatal("the process stays")
 		}
+	}
+}
+
+// An interrupt is a way to be done, also while there still are processes to be
+// watched.
+func TestInterruptWhileItBegins(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	in, out := io.Pipe()
+	go func() {
+		for {
+			if _, err := fmt.Fprintln(out, os.Getpid()); err != nil {
+				return
+			}
+		}
+	}()
+	defer in.Close()
+	w, err := kernstream.NewProcessWatcher(ctx, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// So many that ending them takes a while.
+	for range 20_000 {
+		if _, err := w.Watch(kernstream.PID(os.Getpid()), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := &supervisor{out: io.Discard, watcher: w, alive: map[kernstream.ProcessID]bool{}}
+	time.AfterFunc(time.Millisecond, cancel)
+	if err := unlessDone(ctx, s.supervise(readLines(ctx, in))); err != nil {
+		t.Errorf("it fails: %v", err)
+	}
+}
+
+// What cannot be read is no end of the input.
+func TestBadInput(t *testing.T) {
+	in := io.MultiReader(strings.NewReader("nonsense\n"), iotest.ErrReader(syscall.EIO))
+	var said strings.Builder
+	err := run(t.Context(), in, &said, "")
+	if !errors.Is(err, syscall.EIO) || !strings.Contains(err.Error(), "standard input") || said.String() != "\"nonsense\" is no process\n" {
+		t.Errorf("it says %q, and the error is %v; want EIO of the standard input", said.String(), err)
 	}
 }
 
