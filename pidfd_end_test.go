@@ -268,6 +268,62 @@ func TestProcessSlowConsumer(t *testing.T) {
 	}
 }
 
+// TestProcessOrder: however late the consumer comes, the phases of several
+// processes are told in the order in which they were seen, also to one that
+// stops some watches before.
+func TestProcessOrder(t *testing.T) {
+	testenv.NeedKernel(t, 6, 9, "EPOLLHUP of a pidfd")
+	testenv.NoLeaks(t)
+	w := newProcessWatcher(t)
+	const n = 5
+	var victims []*victim
+	var seen []*kernstream.Stream[*kernstream.ProcessEvent]
+	var stopped []*kernstream.Watch
+	for range n {
+		v := newVictim(t, "exit 1")
+		victims = append(victims, v)
+		stopped = append(stopped, watch(t, w, kernstream.PID(v.pid()), untilReaped))
+		watch(t, w, kernstream.PID(v.pid()), untilReaped)
+		seen = append(seen, watchProcess(t, t.Context(), kernstream.PID(v.pid()), untilReaped))
+	}
+	type step struct {
+		of    int
+		phase kernstream.Phase
+	}
+	// A process is reaped after the next but one has exited.
+	var steps []step
+	for i := range n + 2 {
+		if i < n {
+			steps = append(steps, step{i, kernstream.Exited})
+		}
+		if i >= 2 {
+			steps = append(steps, step{i - 2, kernstream.Reaped})
+		}
+	}
+	for _, step := range steps {
+		if v := victims[step.of]; step.phase == kernstream.Exited {
+			v.end()
+		} else {
+			v.reap()
+		}
+		next(t, seen[step.of].C) // the watches have seen it, too
+	}
+	for i, watch := range stopped {
+		if i%2 == 0 {
+			watch.Stop()
+		}
+	}
+	for _, step := range steps {
+		for twice := range 2 {
+			if step.of%2 == 0 && twice > 0 {
+				continue
+			}
+			want(t, next(t, w.C), victims[step.of].pid(), step.phase, exit(1))
+		}
+	}
+	none(t, w.C)
+}
+
 // TestProcessesCostNoThread: watches hold no goroutine and no thread each.
 func TestProcessesCostNoThread(t *testing.T) {
 	testenv.NoLeaks(t)

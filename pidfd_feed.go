@@ -19,7 +19,7 @@ func (s *processHandles) add(h *Process) {
 
 // A processFeed is what stands between the table and the channel of a
 // ProcessWatcher: the watches that have something to tell, first come, first
-// served. Its goroutine offers the event of the first one to the consumer, if
+// served, with each phase by itself. Its goroutine offers the event of the first one to the consumer, if
 // that was not waiting already.
 // The fields are guarded by the lock of the table.
 type processFeed struct {
@@ -27,9 +27,10 @@ type processFeed struct {
 	wake  chan struct{}        // has a token when the offer is to be looked at again
 	c     chan<- *ProcessEvent // nil before run; nobody sends once closed is set
 
-	watches watchList // that have not ended
-	ready   watchList // that have something to tell
-	offered *Watch    // whose event the goroutine offers
+	watches watchList             // that have not ended
+	ready   [Reaped + 1]watchList // that have a phase to tell, by the phase; each is in the order of turns
+	turn    uint64                // the last one that was given away
+	offered *Watch                // whose event the goroutine offers
 	handles processHandles
 	closed  bool
 	err     error // of the table
@@ -71,12 +72,21 @@ func (f *processFeed) next(sent bool) (*ProcessEvent, error) {
 		return nil, f.err
 	}
 	f.conclude(sent)
-	w := f.ready.first
+	w := f.first()
 	if w == nil {
 		return nil, nil
 	}
 	f.offered = w
 	return w.event(), nil
+}
+
+// first returns the watch whose turn it is, or nil.
+func (f *processFeed) first() *Watch {
+	exited, reaped := f.ready[Exited].first, f.ready[Reaped].first
+	if exited == nil || reaped != nil && reaped.turns[Reaped] < exited.turns[Exited] {
+		return reaped
+	}
+	return exited
 }
 
 // conclude notes what became of the offer.
@@ -94,10 +104,11 @@ func (f *processFeed) conclude(sent bool) {
 
 // received notes that an event of w was.
 func (f *processFeed) received(w *Watch) {
-	w.told++
-	if w.queued && w.pending() == 0 {
-		f.unqueue(w)
+	if w.told < w.queued {
+		f.leave(w, w.told)
 	}
+	w.told++
+	w.queued = max(w.queued, w.told)
 	if w.told == w.until && !w.ended {
 		w.ended = true
 		f.watches.remove(w, ofOwner)
@@ -108,30 +119,35 @@ func (f *processFeed) received(w *Watch) {
 // nobody is before w: no other goroutine has to wake up for it. Otherwise it lets
 // w wait.
 func (f *processFeed) queue(w *Watch) {
-	if w.queued {
-		return
-	}
-	for ahead := f.offered != nil || f.ready.first != nil; !ahead; {
+	waiting := f.first() != nil
+	for ahead := waiting || f.offered != nil; !ahead && w.pending() > 0; {
 		select {
 		case f.c <- w.event():
 			f.received(w)
-			if w.pending() == 0 {
-				return
-			}
 		default:
 			ahead = true
 		}
 	}
-	w.queued = true
-	f.ready.push(w, ofQueue)
-	if f.ready.first == w {
-		f.kick()
+	for seen := min(w.process.known, w.until); w.queued < seen; w.queued++ {
+		f.turn++
+		w.turns[w.queued] = f.turn
+		f.ready[w.queued].push(w, ofQueue+int(w.queued))
+		if !waiting {
+			f.kick()
+		}
 	}
 }
 
+// unqueue takes all its turns from w.
 func (f *processFeed) unqueue(w *Watch) {
-	w.queued = false
-	f.ready.remove(w, ofQueue)
+	for ; w.queued > w.told; w.queued-- {
+		f.leave(w, w.queued-1)
+	}
+}
+
+// leave takes the turn for a phase from w.
+func (f *processFeed) leave(w *Watch, phase uint8) {
+	f.ready[phase].remove(w, ofQueue+int(phase))
 }
 
 // kick lets the goroutine look at its offer again.
@@ -196,9 +212,7 @@ func (f *processFeed) end(w *Watch, d *departures) {
 	}
 	w.ended = true
 	f.watches.remove(w, ofOwner)
-	if w.queued {
-		f.unqueue(w)
-	}
+	f.unqueue(w)
 	f.table.unhook(w)
 	f.table.settle(w.process, d)
 }

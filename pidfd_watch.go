@@ -13,10 +13,11 @@ type Watch struct {
 	until  uint8 // how many phases are to be told
 	told   uint8 // how many were: received, or sent to a channel that has room
 	hooked bool  // it waits for its process
-	queued bool  // it waits for the consumer
+	queued uint8 // how many were told, or wait for the consumer
 	ended  bool
 
-	links [3]watchLinks
+	turns [Reaped + 1]uint64 // of its events that wait, among all of its feed
+	links [ofQueue + Reaped + 1]watchLinks
 }
 
 func newWatch(feed *processFeed, options *ProcessOptions) *Watch {
@@ -69,7 +70,7 @@ func (w *Watch) event() *ProcessEvent {
 const (
 	ofProcess = iota // waits for a phase of the process
 	ofOwner          // of the ProcessWatcher, of a context, or to be closed
-	ofQueue          // waits for the consumer
+	ofQueue          // waits for the consumer with Exited, and one further on with Reaped
 )
 
 // A watchList is a list of watches through one of their links.
