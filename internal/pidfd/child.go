@@ -62,7 +62,8 @@ func ChildStatus(fd int) (status uint32, ok bool, err error) {
 	// One long keeps the alignment of the kernel's type.
 	var info [siginfoSize / 8]uint64
 	for {
-		err := unix.Waitid(unix.P_PIDFD, fd, (*unix.Siginfo)(unsafe.Pointer(&info)), unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+		// WALL: a child need not have been made with SIGCHLD (see clone(2)).
+		err := unix.Waitid(unix.P_PIDFD, fd, (*unix.Siginfo)(unsafe.Pointer(&info)), unix.WEXITED|unix.WNOHANG|unix.WNOWAIT|unix.WALL, nil)
 		switch err {
 		case nil:
 			b := unsafe.Slice((*byte)(unsafe.Pointer(&info)), siginfoSize)

@@ -148,6 +148,34 @@ func TestSignals(t *testing.T) {
 	}
 }
 
+// TestChildWithoutSignal: the status of a child is known, too, whose end sends its
+// parent no SIGCHLD. Most calls of the wait family do not see such children.
+func TestChildWithoutSignal(t *testing.T) {
+	pid, _, errno := syscall.RawSyscall6(syscall.SYS_CLONE, 0, 0, 0, 0, 0, 0)
+	if pid == 0 && errno == 0 {
+		syscall.RawSyscall(syscall.SYS_EXIT_GROUP, 7, 0, 0) // the copy, in which nothing else runs
+	}
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	defer unix.Wait4(int(pid), nil, unix.WALL, nil)
+	fd, err := unix.PidfdOpen(int(pid), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	state := Running
+	for deadline := time.Now().Add(testenv.Patience); state == Running && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		state, _ = Poll(fd)
+	}
+	if err := unix.Waitid(unix.P_PIDFD, fd, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil); err != unix.ECHILD {
+		t.Errorf("waitid without WALL returned %v; want ECHILD", err)
+	}
+	if status, ok, err := ChildStatus(fd); state != Exited || !ok || err != nil || status != 7<<8 {
+		t.Errorf("state %d, status %#x, %v, %v; want an exit with 7", state, status, ok, err)
+	}
+}
+
 // TestNoPidfd: a descriptor of something else is an error everywhere.
 func TestNoPidfd(t *testing.T) {
 	r, _, err := os.Pipe()
