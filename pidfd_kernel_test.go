@@ -477,15 +477,65 @@ func TestProcessOfOtherNumbers(t *testing.T) {
 	parent := inner.fork(fmt.Sprintf("(sleep 0.1; exit 14) & echo $! >%s; exec sleep 1000", file))
 	defer inner.do("kill", fmt.Sprint(parent))
 	inner.end(parent)
-	var zombie string
-	for deadline := time.Now().Add(patience); zombie == "" && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		text, _ := os.ReadFile(file)
-		zombie = strings.TrimSpace(string(text))
-	}
+	zombie := awaitText(t, file)
 	inner.do("watch", zombie)
 	if e := inner.event(); fmt.Sprint(e.PID) != zombie || !e.StatusKnown || *e.ExitCode != 14 {
 		t.Errorf("event %+v; want status 14 of %s", e, zombie)
 	}
+}
+
+// TestProcessOtherProcMeanwhile: another /proc may be mounted during a watch. What
+// is read in it is not that of a process which has the same number there.
+func TestProcessOtherProcMeanwhile(t *testing.T) {
+	testenv.NoLeaks(t)
+	v := newVictim(t, "exit 42")
+	v.zombie(t)
+	inner := newKeeper(t, pidNamespace(t))
+	chooseNumbers(inner)
+	dir := t.TempDir()
+	number, order := fmt.Sprint(v.pid()), ""
+	for tries := 0; ; tries++ {
+		order = filepath.Join(dir, fmt.Sprint("order", tries))
+		if err := unix.Mkfifo(order, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join(dir, fmt.Sprint("number", tries))
+		// A shell that becomes a program which knows of no child.
+		parent := fmt.Sprint(inner.fork(fmt.Sprintf("(read x <%s; exit 14) & echo $! >%s; exec sleep 1000", order, file)))
+		defer inner.do("kill", parent)
+		inner.do("choose", number)
+		inner.do("end", parent)
+		if awaitText(t, file) == number {
+			break
+		}
+		if tries == 200 {
+			t.Fatalf("no process gets the number %s", number)
+		}
+	}
+	inner.mountProc()
+	inner.do("watch", number)
+	inner.do("unmount proc")
+	writer, err := os.OpenFile(order, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writer.Close()
+	if e := inner.event(); fmt.Sprint(e.PID) != number || !e.StatusKnown || *e.ExitCode != 14 {
+		t.Errorf("event %+v; want status 14 of %s", e, number)
+	}
+}
+
+// awaitText returns what a file holds, once there is something.
+func awaitText(t testing.TB, file string) (text string) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); text == ""; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("nothing is in %s", file)
+		}
+		content, _ := os.ReadFile(file)
+		text = strings.TrimSpace(string(content))
+	}
+	return text
 }
 
 // TestProcessWithoutProc: without /proc, the ends of processes are told all the

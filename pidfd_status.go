@@ -12,8 +12,8 @@ import (
 // How a process ended, as early as the kernel tells, and without reaping it.
 
 // findStatus finds out the status of a process that has just ended, and returns
-// its state after that. procIsOurs tells that p.pid is its number in /proc.
-func (p *process) findStatus(state pidfd.State, procIsOurs bool) pidfd.State {
+// its state after that.
+func (p *process) findStatus(state pidfd.State) pidfd.State {
 	if state == pidfd.Reaped {
 		return state // findReapedStatus
 	}
@@ -23,13 +23,10 @@ func (p *process) findStatus(state pidfd.State, procIsOurs bool) pidfd.State {
 		p.end.status, p.end.statusKnown = status, true
 		return state
 	}
-	number := int(p.pid)
-	if !procIsOurs {
-		number, _ = procNumber(fd)
-	}
-	var stat procfs.Stat
-	readable := false
-	if number > 0 {
+	stat, readable := readStat(int(p.pid))
+	// Asked after the read: another /proc may be mounted at any time.
+	if !procIsOurs() {
+		number, _ := procNumber(fd)
 		stat, readable = readStat(number)
 	}
 	// A number that the process still has after the read was its during it.
@@ -65,8 +62,11 @@ func procIsOurs() bool {
 	return err == nil && pid == unix.Getpid()
 }
 
-// readStat reads /proc/PID/stat.
+// readStat reads /proc/PID/stat, if pid is the number of a process.
 func readStat(pid int) (procfs.Stat, bool) {
+	if pid <= 0 {
+		return procfs.Stat{}, false
+	}
 	fd, err := unix.Open("/proc/"+strconv.Itoa(pid)+"/stat", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return procfs.Stat{}, false

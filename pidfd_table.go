@@ -36,8 +36,6 @@ type processTable struct {
 	entries  map[uint64]*process   // by process.key, those with the same key in a chain
 	n        int                   // how many entries
 	contexts map[<-chan struct{}]*contextWatches
-
-	procIsOurs bool // /proc numbers processes as this program does
 }
 
 func newProcessTable() *processTable {
@@ -162,7 +160,6 @@ func (t *processTable) begin() error {
 	}
 	t.set, t.loopDone = set, make(chan struct{})
 	t.entries = map[uint64]*process{}
-	t.procIsOurs = procIsOurs()
 	go t.loop(set, t.loopDone)
 	return nil
 }
@@ -272,7 +269,7 @@ func (t *processTable) look(p *process, state pidfd.State, now time.Time, d *dep
 	}
 	if p.end == nil {
 		p.end = &processEnd{id: p.processID()}
-		state = p.findStatus(state, t.procIsOurs)
+		state = p.findStatus(state)
 		p.see(Exited, now)
 	}
 	if state == pidfd.Reaped && p.known <= uint8(Reaped) {

@@ -406,6 +406,8 @@ func (k *keeping) obey(words []string) (string, error) {
 			return "", err
 		}
 		return "", unix.Mount("proc", "/proc", "proc", 0, "")
+	case "unmount proc": // which shows the one below
+		return "", unix.Unmount("/proc", unix.MNT_DETACH)
 	case "hide proc":
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 			return "", err
