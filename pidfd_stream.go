@@ -55,6 +55,7 @@ func (e *processEnding) left() bool { return e.own }
 // A contextWatches are the streams with one context, which have one hold on it.
 type contextWatches struct {
 	ctx      context.Context
+	done     <-chan struct{} // of ctx, which is not called under the lock
 	streams  watchList
 	release  func() bool // nil: not there yet
 	dissolve bool        // it has no streams any more
@@ -75,7 +76,7 @@ func (t *processTable) addStream(ctx context.Context, s *processStream, target T
 	var arm *contextWatches
 	if done != nil {
 		if s.watches = t.contexts[done]; s.watches == nil {
-			arm = &contextWatches{ctx: ctx}
+			arm = &contextWatches{ctx: ctx, done: done}
 			s.watches = arm
 			if t.contexts == nil {
 				t.contexts = map[<-chan struct{}]*contextWatches{}
@@ -175,7 +176,7 @@ func (t *processTable) endStream(s *processStream, err *error, d *departures) {
 		s.watches = nil
 		if c.streams.first == nil {
 			c.dissolve = true
-			delete(t.contexts, c.ctx.Done())
+			delete(t.contexts, c.done)
 			if c.release != nil {
 				d.release = append(d.release, c.release)
 			}

@@ -26,7 +26,10 @@ func newPlace(c *Config) (*place, error) {
 	switch {
 	case c.PID != 0:
 		p := &place{name: "process " + strconv.Itoa(c.PID)}
-		fd, err := unix.PidfdOpen(c.PID, 0)
+		fd, err := -1, error(unix.ESRCH)
+		if c.PID == int(int32(c.PID)) { // the kernel would take the lower half of it
+			fd, err = unix.PidfdOpen(c.PID, 0)
+		}
 		if err == unix.ESRCH {
 			return nil, fuseError("pidfd_open", p.name, fmt.Errorf("%w (%w)", os.ErrProcessDone, os.NewSyscallError("pidfd_open", err)))
 		}
