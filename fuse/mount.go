@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"strings"
 	"sync"
 	"syscall"
 
@@ -119,6 +118,7 @@ func mountBy(ctx context.Context, config *Config, w way) (_ *Session, err error)
 			s.Close()
 		}
 	}()
+	defer s.made()
 	var mode uint32
 	if err := place.do(func(int) (err error) {
 		s.config.MountPoint, mode, err = s.config.findMountPoint()
@@ -172,23 +172,7 @@ func (s *Session) start(ctx context.Context, mount int, mode uint32) error {
 	if s.config.ServePoll {
 		return nil
 	}
-	return s.prime(ctx, mode, func(name string) (fd int, err error) {
-		switch {
-		case mount >= 0 && name != "":
-			return s.probe.open(mount, name)
-		case mount >= 0:
-			return s.probe.open(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", mount))
-		}
-		path := s.config.MountPoint
-		if name != "" {
-			path = strings.TrimSuffix(path, "/") + "/" + name
-		}
-		err = s.place.do(func(int) error {
-			fd, err = s.probe.open(unix.AT_FDCWD, path)
-			return err
-		})
-		return fd, err
-	})
+	return s.prime(ctx, mount, mode)
 }
 
 // findMount finds out which mount is the session's, right after it was made.

@@ -109,7 +109,7 @@ func mountByHelper(ctx context.Context, s *Session, _ uint32) (*attachment, erro
 		return nil, err
 	}
 	theirs.Close()
-	device, err := receiveDevice(ctx, ours)
+	device, err := s.receiveDevice(ctx, ours)
 	if err != nil {
 		ours.Close()
 		return nil, s.endHelper(ctx, cmd, m, before, err)
@@ -153,11 +153,11 @@ func (s *Session) startHelper(m *messages, socket *os.File) (cmd *exec.Cmd, err 
 
 // receiveDevice receives the descriptor of the device. The error is io.EOF if
 // the helper ends without sending one.
-func receiveDevice(ctx context.Context, socket *poller.File) (device int, err error) {
+func (s *Session) receiveDevice(ctx context.Context, socket *poller.File) (device int, err error) {
 	defer socket.CancelOn(ctx)()
 	device = -1
 	err = socket.Wait(func(fd int) (bool, error) {
-		device, err = receiveDescriptor(fd)
+		device, err = s.making(func() (int, error) { return receiveDescriptor(fd) })
 		if err == unix.EAGAIN {
 			return false, nil
 		}

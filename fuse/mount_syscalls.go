@@ -18,13 +18,13 @@ import (
 
 // mountByContext makes a mount that is not visible yet.
 func mountByContext(_ context.Context, s *Session, mode uint32) (*attachment, error) {
-	device, err := openDevice()
+	device, err := s.making(openDevice)
 	if err != nil {
 		return nil, err
 	}
 	a := &attachment{device: device}
 	err = s.place.do(func(int) (err error) {
-		a.mount, err = s.config.options().newMount(identity(device, mode))
+		a.mount, err = s.making(func() (int, error) { return s.config.options().newMount(identity(device, mode)) })
 		return failed("mount", s.object(), err)
 	})
 	if err != nil {
@@ -142,7 +142,7 @@ func mountByMount(_ context.Context, s *Session, mode uint32) (*attachment, erro
 			return nil, fuseError("mount", s.object(), fmt.Errorf("option %q has a comma, which mount(2) takes for the end: %w", option, errors.ErrUnsupported))
 		}
 	}
-	device, err := openDevice()
+	device, err := s.making(openDevice)
 	if err != nil {
 		return nil, err
 	}

@@ -22,6 +22,9 @@ type place struct {
 	closed bool
 }
 
+// ownPlace is the namespace that the process is in.
+var ownPlace place
+
 func newPlace(c *Config) (*place, error) {
 	switch {
 	case c.PID != 0:
@@ -55,7 +58,7 @@ func newPlace(c *Config) (*place, error) {
 		p.fd = poller.Own(fd)
 		return p, nil
 	}
-	return &place{}, nil
+	return &ownPlace, nil
 }
 
 // own tells whether it is the namespace that the process is in.
@@ -67,13 +70,28 @@ func (p *place) do(use func(proc int) error) error {
 	if p.own() {
 		return use(-1)
 	}
+	return p.enter(mntns.Do, use)
+}
+
+// apart calls use on a thread in the namespace that ends with it.
+func (p *place) apart(use func() error) error {
+	if p.own() {
+		return mntns.Apart(-1, use)
+	}
+	return p.enter(func(ns int, use func(proc int) error) error {
+		return mntns.Apart(ns, func() error { return use(-1) })
+	}, func(int) error { return use() })
+}
+
+// enter lets by, which is Do or like it, call use in the namespace.
+func (p *place) enter(by func(ns int, use func(proc int) error) error, use func(proc int) error) error {
 	p.mu.RLock()
 	defer p.mu.RUnlock()
 	if p.closed {
 		return fuseError("enter", p.name, os.ErrClosed)
 	}
 	entered := false
-	err := mntns.Do(p.fd.FD(), func(proc int) error {
+	err := by(p.fd.FD(), func(proc int) error {
 		entered = true
 		return use(proc)
 	})

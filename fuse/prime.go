@@ -8,8 +8,9 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"runtime"
 	"strconv"
+	"strings"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -27,6 +28,11 @@ import (
 // answers ENOSYS, which it remembers for the life of the connection. A thread
 // opens a file that does not exist otherwise, and polls it, while Mount answers
 // what that leads to.
+//
+// Who waits for an answer to what was read cannot be killed. The device is closed
+// when the last thread that has it ends, so if that thread had it, a process that is
+// killed then would stay for ever. The thread has a descriptor table of its own,
+// without the device.
 
 // A probe is the file for that.
 type probe struct {
@@ -51,18 +57,74 @@ func newProbe(mode uint32) (name string, node, handle uint64) {
 	return ".kernstream-" + strconv.FormatUint(rand.Uint64(), 36), probeNode, handle
 }
 
-// prime makes the kernel learn that nobody serves POLL. open opens, by
-// probe.open, the file of a name in the root directory, or the root itself if
-// that is "".
-func (s *Session) prime(ctx context.Context, mode uint32, open func(name string) (fd int, err error)) error {
+// unfinished are the descriptors of file systems that are being mounted, of the devices
+// and of the mounts. A thread that is apart has no copies of them: those of a device
+// would let two such threads wait for each other, and those of a mount keep it busy.
+var unfinished = struct {
+	sync.Mutex
+	of map[*Session][]int
+}{of: map[*Session][]int{}}
+
+// making opens a descriptor that is unfinished until made is called.
+func (s *Session) making(open func() (fd int, err error)) (fd int, err error) {
+	unfinished.Lock()
+	defer unfinished.Unlock()
+	if fd, err = open(); err == nil {
+		unfinished.of[s] = append(unfinished.of[s], fd)
+	}
+	return fd, err
+}
+
+func (s *Session) made() {
+	unfinished.Lock()
+	defer unfinished.Unlock()
+	delete(unfinished.of, s)
+}
+
+// apart gives the thread a descriptor table of its own, which has nothing that is
+// unfinished but mount. Where the kernel refuses that, it does nothing.
+func (s *Session) apart(mount int) (done bool) {
+	unfinished.Lock()
+	defer unfinished.Unlock()
+	device := uint(unfinished.of[s][0])
+	if unix.CloseRange(device, device, unix.CLOSE_RANGE_UNSHARE) != nil {
+		return false
+	}
+	for _, descriptors := range unfinished.of {
+		for _, fd := range descriptors {
+			if fd != mount { // also if its number was that of another one, which was closed just now
+				unix.Close(fd)
+			}
+		}
+	}
+	return true
+}
+
+// prime makes the kernel learn that nobody serves POLL. mount is a descriptor of the
+// mount, if that is not visible yet.
+func (s *Session) prime(ctx context.Context, mount int, mode uint32) error {
 	p := &s.probe
 	p.name, p.node, p.handle = newProbe(mode)
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	place := s.place
+	if mount >= 0 {
+		place = &ownPlace
+	}
 	result := make(chan error, 1)
 	go func() {
-		result <- p.poll(open)
+		result <- place.apart(func() error {
+			done := s.apart(mount)
+			fd, err := s.openProbe(mount)
+			if done && mount >= 0 {
+				unix.Close(mount)
+			}
+			if err != nil {
+				return err
+			}
+			return p.poll(fd)
+		})
 		cancel()
 	}()
 
@@ -92,26 +154,30 @@ func (s *Session) prime(ctx context.Context, mode uint32, open func(name string)
 	}
 }
 
-// open is openat(2) for the function that prime is given.
-func (p *probe) open(dir int, path string) (int, error) {
-	runtime.LockOSThread() // which is known by its ID
-	defer runtime.UnlockOSThread()
+// openProbe opens the probe on the thread that it is called on.
+func (s *Session) openProbe(mount int) (int, error) {
+	p := &s.probe
 	p.tid.Store(uint32(unix.Gettid()))
+	dir, path := mount, p.name
+	switch {
+	case mount >= 0 && path == "":
+		path = fmt.Sprintf("/proc/self/fd/%d", mount)
+	case mount < 0 && path == "":
+		dir, path = unix.AT_FDCWD, s.config.MountPoint
+	case mount < 0:
+		dir, path = unix.AT_FDCWD, strings.TrimSuffix(s.config.MountPoint, "/")+"/"+path
+	}
 	fd, err := unix.Openat(dir, path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOCTTY, 0)
 	return fd, os.NewSyscallError("openat", err)
 }
 
-// poll opens the probe and polls it. The file must not come near an epoll
+// poll polls the probe, and closes it. The file must not come near an epoll
 // instance, so it is not an os.File.
-func (p *probe) poll(open func(name string) (int, error)) error {
-	fd, err := open(p.name)
-	if err != nil {
-		return err
-	}
+func (p *probe) poll(fd int) error {
 	defer unix.Close(fd)
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	for {
-		if _, err = unix.Poll(fds, 0); err != unix.EINTR {
+		if _, err := unix.Poll(fds, 0); err != unix.EINTR {
 			return os.NewSyscallError("poll", err)
 		}
 	}

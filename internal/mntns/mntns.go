@@ -28,13 +28,7 @@ import (
 // CAP_SYS_ADMIN and CAP_SYS_CHROOT in its own (setns(2)), and costs a thread
 // each time.
 func Do(ns int, use func(proc int) error) error {
-	return run(use, func() error {
-		// setns refuses a thread that shares its root and working directory.
-		if err := unix.Unshare(unix.CLONE_FS); err != nil {
-			return os.NewSyscallError("unshare", err)
-		}
-		return os.NewSyscallError("setns", unix.Setns(ns, unix.CLONE_NEWNS))
-	})
+	return run(func() error { return within(use, func() error { return join(ns) }) })
 }
 
 // Private calls use on a thread in a new mount namespace, a copy of the caller's
@@ -44,23 +38,48 @@ func Do(ns int, use func(proc int) error) error {
 //
 // It needs CAP_SYS_ADMIN, and costs a thread each time.
 func Private(use func(proc int) error) error {
-	return run(use, func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-			return os.NewSyscallError("unshare", err)
-		}
-		return os.NewSyscallError("mount", unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	return run(func() error {
+		return within(use, func() error {
+			if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+				return os.NewSyscallError("unshare", err)
+			}
+			return os.NewSyscallError("mount", unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+		})
 	})
 }
 
-// run calls use on a thread of its own, after enter.
-func run(use func(proc int) error, enter func() error) error {
+// Apart calls use on a thread that ends with it, in the mount namespace ns as [Do]
+// does, or in the caller's if ns is negative. So use may do to its thread what it
+// likes. It has no proc: that would be left if use had descriptors of its own.
+func Apart(ns int, use func() error) error {
+	return run(func() error {
+		if ns >= 0 {
+			if err := join(ns); err != nil {
+				return err
+			}
+		}
+		return use()
+	})
+}
+
+// join enters a namespace for good.
+func join(ns int) error {
+	// setns refuses a thread that shares its root and working directory.
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return os.NewSyscallError("unshare", err)
+	}
+	return os.NewSyscallError("setns", unix.Setns(ns, unix.CLONE_NEWNS))
+}
+
+// run calls f on a thread of its own.
+func run(f func() error) error {
 	result := make(chan error, 1)
 	go onOwnThread(func() {
 		// Sent even if use ends the goroutine, as FailNow of package testing
 		// does.
 		err := errors.New("mntns: the function did not return")
 		defer func() { result <- err }()
-		err = within(use, enter)
+		err = f()
 	})
 	return <-result
 }
