@@ -12,8 +12,9 @@
 // thing once, and no descriptor, goroutine, memory or queue has grown. The last
 // line has the totals.
 //
-// Permission events are answered by another process, the judge, and what it is asked
-// about is opened by a third one.
+// Permission events are answered by another process, the judge. Files are used by others,
+// the clients, and commands are recorded by one more: what waits in the kernel for an
+// answer of its own process cannot be killed.
 //
 // A new source is one more file with a type that is a part, and a line in
 // newSoak.

@@ -22,7 +22,7 @@ import (
 // gets and loses devices, each with a reader, and hands over to a successor. Its book is
 // that of requests, so no request may be lost on the way, or come twice.
 type handovers struct {
-	requests
+	*requests
 	streams chan *kernstream.Stream[*fuse.Request] // of devices, which are to be read
 
 	changing sync.Mutex // held by whoever changes the server
@@ -37,7 +37,7 @@ type handed struct {
 const mostDevices = 3
 
 func newHandovers(t *testing.T) *handovers {
-	return &handovers{requests: requests{dir: t.TempDir(), guests: t.TempDir(), calls: map[string]*call{}}}
+	return &handovers{requests: makeRequests(t)}
 }
 
 func (p *handovers) name() string { return "handed requests" }
@@ -193,9 +193,9 @@ func (p *handovers) guest(ctx context.Context, random *rand.Rand) error {
 	ended := serveAll(s, resend)
 	life, stop := context.WithCancel(context.Background())
 	defer stop()
-	clients := make(chan error, 2)
-	for range cap(clients) {
-		go func() { clients <- lookUpUntil(life, dir) }()
+	looked := make(chan error, 2)
+	for range cap(looked) {
+		go func() { looked <- p.lookUpUntil(life, dir) }()
 	}
 	<-ctx.Done()
 	successor, err := handOver(s, resend)
@@ -213,8 +213,8 @@ func (p *handovers) guest(ctx context.Context, random *rand.Rand) error {
 		}
 	}
 	stop()
-	for range cap(clients) {
-		err = errors.Join(err, <-clients)
+	for range cap(looked) {
+		err = errors.Join(err, <-looked)
 	}
 	return errors.Join(err, s.Close(), ended())
 }
@@ -265,11 +265,10 @@ func serveAll(s *fuse.Session, lazy bool) (ended func() error) {
 }
 
 // lookUpUntil looks up names that are not there.
-func lookUpUntil(ctx context.Context, dir string) error {
+func (p *handovers) lookUpUntil(ctx context.Context, dir string) error {
 	for ctx.Err() == nil {
-		var st unix.Stat_t
-		if err := unix.Stat(dir+"/x", &st); err != unix.ENOENT {
-			return fmt.Errorf("stat: %w", err)
+		if err := p.clients.lookUp(dir + "/x"); err != nil {
+			return err
 		}
 		time.Sleep(time.Millisecond)
 	}

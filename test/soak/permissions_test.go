@@ -26,7 +26,7 @@ import (
 type permissions struct {
 	t        *testing.T
 	dir      string
-	openers  *program
+	clients  *program
 	judge    *program
 	deadline time.Duration
 	told     chan *judgment
@@ -65,7 +65,7 @@ func newPermissions(t *testing.T) *permissions {
 	if !permitted(t, "permissions", "permission events") {
 		return nil
 	}
-	return &permissions{t: t, dir: testenv.MountDir(t), openers: startOpeners(t), cases: map[int]*permissionCase{}}
+	return &permissions{t: t, dir: testenv.MountDir(t), clients: startClients(t), cases: map[int]*permissionCase{}}
 }
 
 func (p *permissions) name() string { return "permissions" }
@@ -162,7 +162,7 @@ func (p *permissions) try(rule string) error {
 	if err := unix.Mknod(c.path, unix.S_IFREG|0o644, 0); err != nil {
 		return fmt.Errorf("mknod %s: %w", c.path, err)
 	}
-	got, err := p.openers.open(c.path)
+	got, err := p.clients.client(doOpen, c.path)
 	if err != nil {
 		return err
 	}

@@ -119,11 +119,17 @@ func say(number string, words ...any) {
 	os.Stdout.Write(line)
 }
 
-// openers is a program whose threads open files.
-const openers = "openers"
+// clients is a program whose threads use files.
+const clients = "clients"
+
+// What clients do with a file.
+const (
+	doOpen = "open"
+	doStat = "stat"
+)
 
 func init() {
-	testenv.RegisterChild(openers, func(args []string) int {
+	testenv.RegisterChild(clients, func(args []string) int {
 		most, err := time.ParseDuration(args[0])
 		if err != nil {
 			panic(err)
@@ -133,11 +139,8 @@ func init() {
 			hung := time.AfterFunc(most, func() { syscall.Kill(os.Getpid(), syscall.SIGKILL) })
 			defer hung.Stop()
 			begin := time.Now()
-			fd, err := unix.Open(words[0], unix.O_RDONLY|unix.O_CLOEXEC, 0)
+			err := use(words[0], words[1])
 			took := time.Since(begin)
-			if err == nil {
-				unix.Close(fd)
-			}
 			errno, _ := errors.AsType[syscall.Errno](err)
 			return fmt.Sprint(uint(errno), int64(took))
 		})
@@ -145,29 +148,52 @@ func init() {
 	})
 }
 
-// startOpeners starts openers that end with the test. They are killed when a file takes
+// use does something with a file, and keeps nothing of it.
+func use(what, path string) error {
+	if what == doStat {
+		var st unix.Stat_t
+		return unix.Stat(path, &st)
+	}
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err == nil {
+		unix.Close(fd)
+	}
+	return err
+}
+
+// startClients starts clients that end with the test. They are killed when a file takes
 // longer than anything may take.
-func startOpeners(t testing.TB) *program {
+func startClients(t testing.TB) *program {
 	t.Helper()
-	p := startProgram(t, openers, func(string) {}, patient.String())
+	p := startProgram(t, clients, func(string) {}, patient.String())
 	t.Cleanup(func() { p.end() })
 	return p
 }
 
-// opened is what came of opening a file.
-type opened struct {
+// used is what came of using a file.
+type used struct {
 	errno syscall.Errno // 0: it was
 	took  time.Duration
 }
 
-// open lets an opener open a file.
-func (p *program) open(path string) (o opened, err error) {
-	answer, err := p.ask(path)
+// client lets a client do something with a file.
+func (p *program) client(what, path string) (u used, err error) {
+	answer, err := p.ask(what, path)
 	if err != nil {
-		return o, err
+		return u, err
 	}
 	var errno uint
-	_, err = fmt.Sscan(answer, &errno, (*int64)(&o.took))
-	o.errno = syscall.Errno(errno)
-	return o, err
+	_, err = fmt.Sscan(answer, &errno, (*int64)(&u.took))
+	u.errno = syscall.Errno(errno)
+	return u, err
+}
+
+// lookUp lets a client look up a name that is not there. The error is what it got if that
+// is not the answer.
+func (p *program) lookUp(path string) error {
+	got, err := p.client(doStat, path)
+	if err == nil && got.errno != unix.ENOENT {
+		err = fmt.Errorf("stat: %w", got.errno)
+	}
+	return err
 }

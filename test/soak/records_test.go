@@ -2,17 +2,18 @@ package soak
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,9 +27,10 @@ import (
 // and of its guests are judged: what was opened between the start and the end of a
 // recording is in its list, or the list says that it is not complete, and why.
 type records struct {
-	dir     string
-	openers *program
-	r       *recorder.Recording
+	dir      string
+	clients  *program
+	recorder *program // of commands
+	r        *recorder.Recording
 
 	mu       sync.Mutex
 	files    int             // that there are, f1 and so on
@@ -53,7 +55,9 @@ func newRecords(t *testing.T) *records {
 	if !permitted(t, "records", "marks of mounts") {
 		return nil
 	}
-	return &records{dir: testenv.MountDir(t), openers: startOpeners(t)}
+	p := &records{dir: testenv.MountDir(t), clients: startClients(t), recorder: startProgram(t, recorderName, func(string) {})}
+	t.Cleanup(func() { p.recorder.end() })
+	return p
 }
 
 // permitted tells whether a part that only root can have is there, and notes if not.
@@ -69,11 +73,11 @@ func (p *records) name() string { return "records" }
 
 func (p *records) begin(ctx context.Context) (_ kernstream.Source, err error) {
 	p.files, p.opened, p.openings, p.orders, p.told = 0, nil, nil, nil, map[string]bool{}
-	p.r, err = p.record(ctx, recorder.Directory(p.dir), nil)
+	p.r, err = record(ctx, recorder.Directory(p.dir), nil)
 	return p.r, err
 }
 
-func (p *records) record(ctx context.Context, target recorder.Target, options *recorder.Options) (*recorder.Recording, error) {
+func record(ctx context.Context, target recorder.Target, options *recorder.Options) (*recorder.Recording, error) {
 	return patiently(func() (*recorder.Recording, error) { return recorder.Record(ctx, target, options) })
 }
 
@@ -178,7 +182,7 @@ func (p *records) openFile(path string) error {
 	p.clock++
 	o := opening{path, p.clock}
 	p.mu.Unlock()
-	got, err := p.openers.open(path)
+	got, err := p.clients.client(doOpen, path)
 	if err != nil || got.errno != 0 {
 		return fmt.Errorf("open %s: %v, %w", path, got.errno, err)
 	}
@@ -205,7 +209,7 @@ func (p *records) guest(ctx context.Context, random *rand.Rand) error {
 	if random.IntN(4) == 0 {
 		options.MaxFiles = 1 + random.IntN(100)
 	}
-	r, err := p.record(context.Background(), recorder.Directory(p.dir), options)
+	r, err := record(context.Background(), recorder.Directory(p.dir), options)
 	if err != nil {
 		return err
 	}
@@ -300,39 +304,26 @@ func (p *records) command(ctx context.Context, random *rand.Rand) error {
 		}
 	}
 	p.mu.Unlock()
-	cmd := exec.Command("cat", append([]string{"/dev/null"}, files...)...)
-	r, err := p.record(context.Background(), recorder.Command(cmd), nil)
+	end, _ := ctx.Deadline()
+	words := []any{time.Until(end).Microseconds()}
+	for _, file := range files {
+		words = append(words, file)
+	}
+	answer, err := p.recorder.ask(words...)
 	if err != nil {
 		return err
 	}
-	defer cmd.Wait()
-	defer r.Close()
-	left := random.IntN(4) == 0
-	for !left {
-		a, more := <-r.C
-		if !more {
-			break
-		}
-		a.Close()
-		left = ctx.Err() != nil && random.IntN(2) == 0
+	var got commandRecord
+	if err := json.Unmarshal([]byte(answer), &got); err != nil || got.Error != "" {
+		return fmt.Errorf("a command: %w %s", err, got.Error)
 	}
-	r.Close()
-	list, err := r.List()
-	if err != nil {
-		return err
-	}
-	var have []string
-	for i := range list.Entries {
-		if path := list.Entries[i].Path; strings.HasPrefix(path, p.dir+"/") {
-			have = append(have, path)
-		}
-	}
-	complete := len(list.Reasons) == 0
+	have := slices.DeleteFunc(got.Opened, func(path string) bool { return !strings.HasPrefix(path, p.dir+"/") })
+	complete := len(got.Reasons) == 0
 	switch {
-	case complete != list.Complete, !complete && !left:
-		return fmt.Errorf("a command: complete: %v, because of %q", list.Complete, list.Reasons)
+	case complete != got.Complete, !complete && !got.Left:
+		return fmt.Errorf("a command: complete: %v, because of %q", got.Complete, got.Reasons)
 	case complete && !slices.Equal(have, files), len(have) > len(files), !slices.Equal(have, files[:len(have)]):
-		return fmt.Errorf("a command opened %q; recorded are %q (%q)", files, have, list.Reasons)
+		return fmt.Errorf("a command opened %q; recorded are %q (%q)", files, have, got.Reasons)
 	}
 	return nil
 }

@@ -25,11 +25,12 @@ import (
 // there. Its book has each name: it must be asked for once, and who asked gets the
 // answer soon after it was given.
 type requests struct {
-	dir    string
-	guests string // where guests mount
-	count  atomic.Int64
-	taken  atomic.Int64
-	s      *fuse.Session
+	dir     string
+	guests  string   // where guests mount
+	clients *program // who serves must not wait for an answer: it could not be killed
+	count   atomic.Int64
+	taken   atomic.Int64
+	s       *fuse.Session
 
 	mu    sync.Mutex
 	calls map[string]*call
@@ -48,7 +49,15 @@ func newRequests(t *testing.T) *requests {
 		return nil
 	}
 	unix.Close(fd)
-	return &requests{dir: t.TempDir(), guests: t.TempDir(), calls: map[string]*call{}}
+	return makeRequests(t)
+}
+
+func makeRequests(t *testing.T) *requests {
+	dir := testenv.MountDir(t) // what is left there is unmounted with it
+	return &requests{
+		dir: testenv.Mkdir(t, dir, "own"), guests: testenv.Mkdir(t, dir, "guests"),
+		clients: startClients(t), calls: map[string]*call{},
+	}
 }
 
 func (p *requests) name() string { return "requests" }
@@ -85,12 +94,11 @@ func (p *requests) lookUp() error {
 	p.mu.Lock()
 	p.calls[name] = c
 	p.mu.Unlock()
-	var st unix.Stat_t
-	err := unix.Stat(p.dir+"/"+name, &st)
+	err := p.clients.lookUp(p.dir + "/" + name)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.calls, name)
-	if took := time.Since(c.answered); err != unix.ENOENT || c.asked != 1 || took > *late {
+	if took := time.Since(c.answered); err != nil || c.asked != 1 || took > *late {
 		return fmt.Errorf("%s: %v, asked for %d times, %v after the answer", name, err, c.asked, took)
 	}
 	return nil
@@ -126,10 +134,9 @@ func (p *requests) guest(ctx context.Context, random *rand.Rand) error {
 		served <- nil
 	}()
 	for range random.IntN(20) {
-		var st unix.Stat_t
-		if err := unix.Stat(dir+"/x", &st); err != unix.ENOENT {
+		if err := p.clients.lookUp(dir + "/x"); err != nil {
 			s.Close()
-			return fmt.Errorf("stat: %w", err)
+			return err
 		}
 	}
 	var want error

@@ -112,7 +112,7 @@ func TestSoak(t *testing.T) {
 	begun := time.Now()
 	until := begun.Add(*length)
 	if *length == 0 {
-		until = begun.Add(testenv.Soak(4 * time.Second))
+		until = begun.Add(testenv.Soak(3 * time.Second))
 	}
 	rounds := 0
 	for !t.Failed() && (rounds < 2 || time.Now().Before(until)) {
