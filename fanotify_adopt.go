@@ -1,7 +1,9 @@
 package kernstream
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -52,7 +54,11 @@ func adoptGroup(file *os.File, options *FileOptions) (g *fileGroup, blocking boo
 // groupFlags returns the flags that a group was made with, from its fdinfo
 // (proc_pid_fdinfo(5)), if they go together with the options.
 func groupFlags(fd int, options *FileOptions) (uint, error) {
-	for _, line := range groupLines(fd) {
+	lines, err := groupLines(fd)
+	if err != nil {
+		return 0, err
+	}
+	for _, line := range lines {
 		var flags, eventFlags uint
 		if n, _ := fmt.Sscanf(line, "fanotify flags:%x event-flags:%x", &flags, &eventFlags); n != 2 {
 			continue
@@ -74,12 +80,12 @@ func groupFlags(fd int, options *FileOptions) (uint, error) {
 	return 0, errCannot("not a fanotify group")
 }
 
-func groupLines(fd int) []string {
+func groupLines(fd int) ([]string, error) {
 	text, err := os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(fd))
-	if err != nil {
-		return nil
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w: is /proc mounted?", err)
 	}
-	return strings.Split(string(text), "\n")
+	return strings.Split(string(text), "\n"), err
 }
 
 // adoptMarks makes sure that events of the marks that an adopted group has can
@@ -89,21 +95,27 @@ func (w *fileWatch) adoptMarks(g *fileGroup) error {
 		return nil
 	}
 	devices, mounts := map[[2]uint32]bool{}, map[uint32]bool{}
-	err := g.file.Control(func(fd int) {
-		for _, line := range groupLines(fd) {
-			for field := range strings.FieldsSeq(line) {
-				var n uint32
-				if _, err := fmt.Sscanf(field, "sdev:%x", &n); err == nil {
-					devices[[2]uint32{n >> 20, n & (1<<20 - 1)}] = true
-				}
-				if _, err := fmt.Sscanf(field, "mnt_id:%x", &n); err == nil {
-					mounts[n] = true
-				}
+	var lines []string
+	var err error
+	if cerr := g.file.Control(func(fd int) { lines, err = groupLines(fd) }); cerr != nil {
+		return cerr
+	}
+	if err != nil {
+		return fileError("adopt", "", err)
+	}
+	for _, line := range lines {
+		for field := range strings.FieldsSeq(line) {
+			var n uint32
+			if _, err := fmt.Sscanf(field, "sdev:%x", &n); err == nil {
+				devices[[2]uint32{n >> 20, n & (1<<20 - 1)}] = true
+			}
+			if _, err := fmt.Sscanf(field, "mnt_id:%x", &n); err == nil {
+				mounts[n] = true
 			}
 		}
-	})
-	if err != nil || len(devices)+len(mounts) == 0 {
-		return err
+	}
+	if len(devices)+len(mounts) == 0 {
+		return nil
 	}
 	var points []string
 	err = eachMount(func(row *procfs.MountInfo) bool {

@@ -30,6 +30,18 @@ func watchFiles(mark kernstream.MarkType) func(*lab) string {
 	}
 }
 
+// watchMount is told that a file of the lab's mount is opened.
+func watchMount(l *lab) string {
+	w, err := watch(l, func() (*kernstream.FileWatcher, error) {
+		return kernstream.WatchFiles(context.Background(), nil, kernstream.Mark{Type: kernstream.MarkMount, Path: l.dir, Ops: kernstream.OpModify})
+	})
+	if err != nil {
+		return failure(err)
+	}
+	w.Close()
+	return "works"
+}
+
 // seeFile makes and removes a file, which takes no descriptor, and returns what
 // is told of that.
 func (l *lab) seeFile(w *kernstream.FileWatcher, name string) string {
@@ -107,6 +119,101 @@ func resolveStarved(l *lab) string {
 	starved := l.seeFile(w, "starved")
 	l.feed()
 	return starved + "; then " + l.seeFile(w, "fed")
+}
+
+// adoptGroup watches by a group that was made elsewhere.
+func adoptGroup(l *lab) string {
+	fd, err := unix.FcntlInt(l.file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return "fails: fcntl " + unix.ErrnoName(err.(syscall.Errno))
+	}
+	group := os.NewFile(uintptr(fd), "group") // a watcher closes it
+	w, err := kernstream.WatchFiles(context.Background(), &kernstream.FileOptions{Group: group})
+	if err != nil {
+		group.Close()
+		return failure(err)
+	}
+	defer w.Close()
+	if outcome := l.seeFile(w, "made"); outcome != "works, with paths" {
+		return "adopted: " + outcome
+	}
+	return "works"
+}
+
+// makeGroup makes a group as systemd does, with a mark.
+func makeGroup(l *lab) {
+	fd, err := watch(l, func() (int, error) {
+		return unix.FanotifyInit(unix.FAN_CLASS_NOTIF|unix.FAN_REPORT_DFID_NAME|unix.FAN_CLOEXEC, 0)
+	})
+	must(err)
+	must(unix.FanotifyMark(fd, unix.FAN_MARK_ADD, unix.FAN_CREATE|unix.FAN_DELETE, unix.AT_FDCWD, l.dir))
+	l.file = os.NewFile(uintptr(fd), "group")
+}
+
+// markStarved marks another directory when there is room for no descriptor, and when there is.
+func markStarved(l *lab) string {
+	w, err := watch(l, func() (*kernstream.FileWatcher, error) {
+		return kernstream.WatchFiles(context.Background(), nil, kernstream.Mark{Path: l.dir, Ops: made})
+	})
+	if err != nil {
+		return failure(err)
+	}
+	defer w.Close()
+	subdirectory(l)
+	l.starve(0)
+	err = w.Mark(kernstream.Mark{Path: l.path(""), Ops: made})
+	l.feed()
+	if err == nil {
+		return "works, starved"
+	}
+	outcome := failure(err)
+	must(w.Mark(kernstream.Mark{Path: l.path(""), Ops: made}))
+	return outcome + "; then " + l.seeFile(w, "made")
+}
+
+// closeStarved closes a watcher when there is room for no descriptor.
+func closeStarved(l *lab) string {
+	w, err := watch(l, func() (*kernstream.FileWatcher, error) {
+		return kernstream.WatchFiles(context.Background(), nil, kernstream.Mark{Path: l.dir, Ops: made})
+	})
+	if err != nil {
+		return failure(err)
+	}
+	l.starve(0)
+	defer l.feed()
+	if err := w.Close(); err != nil {
+		return failure(err)
+	}
+	return "works"
+}
+
+// seeProcessStarved is told who made a file, when there is room for no pidfd.
+func seeProcessStarved(l *lab) string {
+	w, err := watch(l, func() (*kernstream.FileWatcher, error) {
+		return kernstream.WatchFiles(context.Background(), &kernstream.FileOptions{ReportPidFD: true}, kernstream.Mark{Path: l.dir, Ops: made})
+	})
+	if err != nil {
+		return failure(err)
+	}
+	defer w.Close()
+	l.starve(0)
+	starved := l.seeMaker(w, "starved")
+	l.feed()
+	return starved + "; then " + l.seeMaker(w, "fed")
+}
+
+// seeMaker makes a file, and returns what is told of who did.
+func (l *lab) seeMaker(w *kernstream.FileWatcher, name string) string {
+	must(unix.Mknod(l.path(name), unix.S_IFREG|0o644, 0))
+	e := <-w.C
+	if e == nil || filepath.Base(e.Path) != name {
+		return fmt.Sprintf("the event is %v", e)
+	}
+	defer e.Close()
+	if _, err := e.Process(); err != nil {
+		return "Process " + failure(err)
+	}
+	return "Process works"
 }
 
 // filesWhileStopped is stopped while files are made.
@@ -229,6 +336,31 @@ func fileFaults() []fault {
 	add(fault{
 		doing: whole, fault: "descriptors run out before a path is resolved", outcome: nameAlone + ", and why: fails: open_by_handle_at EMFILE; then " + works, root: true,
 		prepare: subdirectory, run: resolveStarved,
+	})
+	const adopting = "WatchFiles of a Group"
+	add(fault{
+		doing: adopting, fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room", root: true,
+		prepare: makeGroup, run: starving(adoptGroup),
+	})
+	add(fault{
+		doing: adopting, fault: "/proc is not mounted", outcome: "fails: open ENOENT, Is fs.ErrNotExist", says: "is /proc mounted?",
+		prepare: makeGroup, inject: noProc, run: adoptGroup,
+	})
+	add(fault{
+		doing: "FileWatcher.Mark", fault: "there is no descriptor left", outcome: "fails: open EMFILE; then " + works,
+		run: markStarved,
+	})
+	add(fault{
+		doing: "FileWatcher.Close", fault: "there is no descriptor left", outcome: "works",
+		run: closeStarved,
+	})
+	add(fault{
+		doing: "WatchFiles with ReportPidFD", fault: "descriptors run out before an event is read", outcome: "Process fails: open; then Process works", says: "could not make a pidfd", root: true,
+		run: seeProcessStarved,
+	})
+	add(fault{
+		doing: "WatchFiles of a mount", fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room", root: true,
+		run: starving(watchMount),
 	})
 	add(fault{
 		doing: inode, fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room",

@@ -29,7 +29,9 @@ type lab struct {
 	tell   io.WriteCloser
 	told   *bufio.Reader
 	file   *os.File // what prepare opened
-	id     kernstream.ProcessID
+
+	stranger int // a child of the victim
+	id       kernstream.ProcessID
 
 	limited bool  // what is to be had was limited
 	fillers []int // descriptors that take the place of others
@@ -174,6 +176,12 @@ var errRefused = errors.New("refused")
 
 // kill ends the victim.
 func (l *lab) kill() { l.tell.Close() }
+
+// tellToEnd is kill, without closing a descriptor.
+func (l *lab) tellToEnd() {
+	_, err := io.WriteString(l.tell, "\n")
+	must(err)
+}
 
 // reap waits for the victim, even where os/exec cannot.
 func (l *lab) reap() {

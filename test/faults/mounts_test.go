@@ -77,19 +77,60 @@ func openNamespace(l *lab) {
 }
 
 // listMounts reads the mount table once.
-func listMounts(l *lab) string {
-	mounts, err := kernstream.Mounts(nil)
-	if err != nil {
-		return failure(err)
+func listMounts(l *lab) string { return listMountsOf(mountDefaults)(l) }
+
+func listMountsOf(options func(*lab) *kernstream.MountOptions) func(*lab) string {
+	return func(l *lab) string {
+		mounts, err := kernstream.Mounts(options(l))
+		if err != nil {
+			return failure(err)
+		}
+		i := slices.IndexFunc(mounts, func(m kernstream.Mount) bool { return m.FSSource == "lab" })
+		switch {
+		case i < 0:
+			return fmt.Sprintf("works, but the mount is missing among %d", len(mounts))
+		case mounts[i].ID == 0 && testenv.KernelAtLeast(6, 8):
+			return "works, without unique IDs"
+		}
+		return "works"
 	}
-	i := slices.IndexFunc(mounts, func(m kernstream.Mount) bool { return m.FSSource == "lab" })
-	switch {
-	case i < 0:
-		return fmt.Sprintf("works, but the mount is missing among %d", len(mounts))
-	case mounts[i].ID == 0 && testenv.KernelAtLeast(6, 8):
-		return "works, without unique IDs"
+}
+
+// mountsStarved sees a mount change when there is room for no descriptor.
+func mountsStarved(via kernstream.MountVia) func(*lab) string {
+	return func(l *lab) string {
+		place := l.path("place")
+		must(os.Mkdir(place, 0o755))
+		w, err := watch(l, func() (*kernstream.MountWatcher, error) {
+			return kernstream.WatchMounts(context.Background(), &kernstream.MountOptions{Via: via})
+		})
+		if err != nil {
+			return failure(err)
+		}
+		defer w.Close()
+		<-w.C
+		l.starve(0)
+		must(unix.Mount("fault", place, "ramfs", 0, ""))
+		must(unix.Mount("", place, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_NOEXEC, ""))
+		w.Rescan()
+		for e := range w.C {
+			for _, m := range append(e.Mounted, changedTo(e)...) {
+				if m.MountPoint == place && strings.Contains(m.Options, "noexec") {
+					must(unix.Unmount(place, 0))
+					return "works, by " + e.Via.String()
+				}
+			}
+		}
+		return "the stream ended: " + failure(w.Err())
 	}
-	return "works"
+}
+
+// changedTo returns what mounts have become that have changed.
+func changedTo(e *kernstream.MountEvent) (mounts []kernstream.Mount) {
+	for i := range e.Changed {
+		mounts = append(mounts, e.Changed[i].New)
+	}
+	return mounts
 }
 
 // endsWithVictim follows the table of a process until that is killed.
@@ -269,6 +310,34 @@ func mountFaults() []fault {
 	add(fault{
 		doing: "Mounts", fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room",
 		run: starving(listMounts),
+	})
+	add(fault{
+		doing: "Mounts of a PID", fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room",
+		prepare: startVictim, run: thenReap(starving(listMountsOf(mountsOfVictim))),
+	})
+	add(fault{
+		doing: "Mounts of a namespace file", fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room", root: true,
+		prepare: openNamespace, run: starving(listMountsOf(mountsOfNamespace)),
+	})
+	add(fault{
+		doing: watch + " of a PID", fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room", root: true,
+		prepare: startVictim, run: thenReap(starving(watchMounts(func(l *lab) *kernstream.MountOptions {
+			return &kernstream.MountOptions{PID: l.victim.Process.Pid}
+		}))),
+	})
+	for _, errno := range []syscall.Errno{unix.ENFILE, unix.ENOMEM} {
+		add(fault{
+			doing: watch, fault: "epoll_create1 is refused with " + unix.ErrnoName(errno), outcome: byMountinfo,
+			inject: refused(errno, unix.SYS_EPOLL_CREATE1), run: watchMounts(mountDefaults),
+		})
+	}
+	add(fault{
+		doing: watch + " by mountinfo", fault: "descriptors run out before a mount changes", outcome: byMountinfo,
+		run: mountsStarved(kernstream.ViaMountinfo),
+	})
+	add(fault{
+		doing: watch + " by fanotify only", fault: "descriptors run out before a mount changes", outcome: "works, by fanotify", kernel: [2]int{6, 15}, root: true,
+		run: mountsStarved(kernstream.ViaFanotify),
 	})
 	return list
 }

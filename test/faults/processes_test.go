@@ -107,7 +107,37 @@ func watchStarved(l *lab) string {
 	}
 	defer s.Close()
 	l.starve(0)
-	l.kill()
+	l.tellToEnd()
+	e := <-s.C
+	l.feed()
+	return toldOf(e)
+}
+
+// startStranger starts a victim whose child ends with status 3 when it is told to,
+// and who never waits for it.
+func startStranger(l *lab) {
+	l.victim = exec.Command("sh", "-c", `exec 4<&0; sh -c 'read line; exit 3' <&4 & echo $!; exec sleep 1000`)
+	var err error
+	l.tell, err = l.victim.StdinPipe()
+	must(err)
+	out, err := l.victim.StdoutPipe()
+	must(err)
+	must(l.victim.Start())
+	_, err = fmt.Fscan(out, &l.stranger)
+	must(err)
+}
+
+// strangerStarved watches the child of the victim with room enough, and is told with none.
+func strangerStarved(l *lab) string {
+	defer l.reap()
+	defer l.victim.Process.Kill()
+	s, err := kernstream.WatchProcess(context.Background(), kernstream.PID(l.stranger), nil)
+	if err != nil {
+		return failure(err)
+	}
+	defer s.Close()
+	l.starve(0)
+	l.tellToEnd()
 	e := <-s.C
 	l.feed()
 	return toldOf(e)
@@ -252,6 +282,21 @@ func processFaults() []fault {
 			prepare: way.prepare, run: thenReap(starving(attempt(way.try))),
 		})
 	}
+	add(fault{
+		doing: number, fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room",
+		prepare: startVictim, run: thenReap(starving(func(l *lab) string {
+			s, err := kernstream.WatchProcess(context.Background(), byNumber(l), nil)
+			if err != nil {
+				return failure(err)
+			}
+			s.Close()
+			return "works"
+		})),
+	})
+	add(fault{
+		doing: "WatchProcess of the child of another", fault: "descriptors run out before the process ends", outcome: "works, without the status",
+		prepare: startStranger, run: strangerStarved,
+	})
 	add(fault{
 		doing: "ProcessWatcher.Start", fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room",
 		run: starving(attempt(start)),
