@@ -52,7 +52,7 @@ func (f *fault) name() string { return f.source + "/" + f.doing + "/" + f.fault 
 
 // all are all faults.
 func all() []fault {
-	return slices.Concat(mountFaults(), processFaults(), fileFaults(), permissionFaults(), fuseFaults(), handoverFaults(), recordFaults())
+	return slices.Concat(mountFaults(), processFaults(), fileFaults(), permissionFaults(), fuseFaults(), placeFaults(), handoverFaults(), recordFaults())
 }
 
 // TestFaults: whatever goes wrong, the outcome is the one in the table, nothing

@@ -176,7 +176,7 @@ func connected(between func(*net.UnixConn)) func(*lab) string {
 	return func(l *lab) string {
 		server, client, err := socketPair()
 		if err != nil {
-			return "fails: socketpair " + unix.ErrnoName(err.(syscall.Errno))
+			return "fails: " + err.Error()
 		}
 		served := make(chan error, 1)
 		go func() {
@@ -198,6 +198,55 @@ func connected(between func(*net.UnixConn)) func(*lab) string {
 	}
 }
 
+// connectStarved records by way of a server, in the same process.
+func connectStarved(l *lab) string {
+	server, client, err := socketPair()
+	if err != nil {
+		return "fails: " + err.Error()
+	}
+	served := make(chan error, 1)
+	go func() {
+		served <- recorder.Serve(context.Background(), server, &recorder.ServeOptions{Target: recorder.Directory(l.dir)})
+	}()
+	r, err := recorder.Connect(context.Background(), client, nil)
+	if err != nil {
+		lastError = err.Error()
+		return failure(<-served) // which the other side is told
+	}
+	r.Close()
+	if err := <-served; err != nil {
+		return failure(err)
+	}
+	return "works"
+}
+
+// mountWhileRecording records while a mount comes for which there is no descriptor.
+func mountWhileRecording(l *lab) string {
+	r, err := record(l, recorder.Directory(l.dir), nil)
+	if err != nil {
+		return failure(err)
+	}
+	defer r.Close()
+	subdirectory(l)
+	l.starve(0)
+	must(unix.Mount("late", l.path(""), "tmpfs", 0, ""))
+	// What it needs descriptors for is done in the background.
+	l.opens(l.file.Name())
+	must(l.opened())
+	r.Close()
+	l.feed()
+	must(unix.Unmount(l.path(""), 0))
+	return listed(r, "/there")
+}
+
+// writeStarved writes a list.
+func writeStarved(l *lab) string {
+	if err := newList.WriteFile(l.path("lists/list")); err != nil {
+		return failure(err)
+	}
+	return "works"
+}
+
 // cut ends a connection for both sides.
 func cut(conn *net.UnixConn) {
 	raw, err := conn.SyscallConn()
@@ -208,14 +257,27 @@ func cut(conn *net.UnixConn) {
 func socketPair() (a, b *net.UnixConn, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, errors.New("socketpair " + unix.ErrnoName(err.(syscall.Errno)))
 	}
 	var conns [2]*net.UnixConn
 	for i, fd := range fds {
 		f := os.NewFile(uintptr(fd), "socket")
-		conn, err := net.FileConn(f)
-		must(errors.Join(err, f.Close()))
+		conn, connErr := net.FileConn(f)
+		f.Close()
+		if errno, ok := errors.AsType[syscall.Errno](connErr); ok {
+			err = errors.New("socketpair " + unix.ErrnoName(errno))
+			continue
+		}
+		must(connErr)
 		conns[i] = conn.(*net.UnixConn)
+	}
+	if err != nil {
+		for _, conn := range conns {
+			if conn != nil {
+				conn.Close()
+			}
+		}
+		return nil, nil, err
 	}
 	return conns[0], conns[1], nil
 }
@@ -401,7 +463,28 @@ func recordFaults() []fault {
 		doing: directory, fault: "the process is stopped (SIGSTOP) while files are opened", outcome: works,
 		run: recordStopped,
 	})
+	for _, call := range []struct {
+		name   string
+		number int
+	}{{"bind", unix.SYS_BIND}, {"sendto", unix.SYS_SENDTO}} {
+		add(fault{
+			doing: tree, fault: call.name + " is refused with EPERM", outcome: "fails: " + call.name + " EPERM, Is fs.ErrPermission", says: "process events",
+			inject: refused(unix.EPERM, call.number), run: recordOpen(&recorder.Options{Tree: 1}),
+		})
+	}
+	add(fault{
+		doing: directory, fault: "there is no descriptor left when a mount comes below it", outcome: "incomplete, with 0 entries of the file", says: "/sub came after the start of the recording, and is not recorded",
+		run: mountWhileRecording,
+	})
+	add(fault{
+		doing: write, fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room",
+		prepare: writeOldList(room), run: starving(writeStarved),
+	})
 	const byServer = "Serve and Connect"
+	add(fault{
+		doing: byServer, fault: "descriptors run out at each call that opens one", outcome: "fails: EMFILE, until there is room",
+		run: starving(connectStarved),
+	})
 	add(fault{
 		doing: byServer, fault: "fanotify_init is refused with EPERM", outcome: "Connect fails: read, Is fs.ErrPermission; Serve fails: fanotify_init EPERM, Is fs.ErrPermission", says: "seccomp",
 		inject: refused(unix.EPERM, unix.SYS_FANOTIFY_INIT), run: connected(nil),
