@@ -82,6 +82,17 @@ func TestTargetsMissing(t *testing.T) {
 	wantOpError(t, err, os.ErrProcessDone, fmt.Sprint(gone.Process.Pid))
 }
 
+// TestTreeUnreadable: a process whose parent cannot be found out is not left out in silence.
+func TestTreeUnreadable(t *testing.T) {
+	needRecorder(t)
+	pid, _ := testenv.StartIdle(t, nil)
+	stat := fmt.Sprintf("/proc/%d/stat", pid)
+	testenv.Mount(t, "/proc/self/mem", stat, "", unix.MS_BIND, "") // nothing can be read from its begin
+	defer testenv.Unmount(t, stat)
+	_, err := recorder.Record(t.Context(), recorder.Directory(t.TempDir()), &recorder.Options{Tree: os.Getpid()})
+	wantOpError(t, err, unix.EIO, stat)
+}
+
 // TestZombie: a process that has ended, and was not waited for, has no files any more.
 func TestZombie(t *testing.T) {
 	needRecorder(t)

@@ -93,9 +93,16 @@ func (t *tree) find(root int) error {
 		if err != nil {
 			continue
 		}
-		text, err := os.ReadFile("/proc/" + dir.Name() + "/stat")
-		stat, ok := procfs.ParseStat(text)
-		if err == nil && ok {
+		name := "/proc/" + dir.Name() + "/stat"
+		text, err := os.ReadFile(name)
+		switch {
+		case err == nil:
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH), errors.Is(err, fs.ErrPermission):
+			continue // it is gone, or /proc hides it
+		default:
+			return recordError("read", name, err)
+		}
+		if stat, ok := procfs.ParseStat(text); ok {
 			children[stat.PPID] = append(children[stat.PPID], pid)
 			found = found || pid == root
 		}
