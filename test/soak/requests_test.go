@@ -104,6 +104,17 @@ func (p *requests) lookUp() error {
 	return nil
 }
 
+// unmountIdle unmounts a session that nobody uses for long: who records a command marks each
+// mount that comes, and holds it meanwhile.
+func unmountIdle(s *fuse.Session) (err error) {
+	for deadline := time.Now().Add(*patient); time.Now().Before(deadline); {
+		if err = s.Unmount(context.Background(), 0); !errors.Is(err, unix.EBUSY) {
+			break
+		}
+	}
+	return err
+}
+
 // mountGuest mounts a session on a directory of its own in where.
 func mountGuest(where string) (s *fuse.Session, dir string, err error) {
 	if dir, err = os.MkdirTemp(where, ""); err != nil {
@@ -142,7 +153,7 @@ func (p *requests) guest(ctx context.Context, random *rand.Rand) error {
 	var want error
 	switch random.IntN(3) {
 	case 0:
-		err = s.Unmount(context.Background(), 0)
+		err = unmountIdle(s)
 	case 1:
 		err, want = s.Abort(), fuse.ErrAborted
 	default:
