@@ -192,7 +192,7 @@ func TestMountChangeRootOutOfDescriptors(t *testing.T) {
 	select {
 	case e := <-l.w.C:
 		unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
-		t.Fatalf("event %v (Err %v) without a descriptor to look; want none", e, l.w.Err())
+		t.Fatalf("event %v (Err %v, %+v) without a descriptor to look; want none", e, l.w.Err(), e.Unmounted)
 	case <-time.After(50 * time.Millisecond):
 	}
 	unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)

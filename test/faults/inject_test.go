@@ -32,13 +32,26 @@ func refusedIoctl(errno syscall.Errno, request uint32) func(*lab) {
 	}
 }
 
-// refusedSocket lets socket(2) fail with errno.
-func refusedSocket(errno syscall.Errno) func(*lab) {
+// A socketCall is a system call on sockets: its number, and that in socketcall(2), through
+// which they all go on 386.
+type socketCall struct {
+	number int
+	sub    uint32
+}
+
+var (
+	socketSocket = socketCall{unix.SYS_SOCKET, 1}
+	socketBind   = socketCall{unix.SYS_BIND, 2}
+	socketSendto = socketCall{unix.SYS_SENDTO, 11}
+)
+
+// refusedSocket lets a call fail with errno.
+func refusedSocket(errno syscall.Errno, call socketCall) func(*lab) {
 	return func(*lab) {
-		refusal := testenv.Refusal{Call: unix.SYS_SOCKET}
+		refusal := testenv.Refusal{Call: call.number}
 		if runtime.GOARCH == "386" {
-			const socketcall, socket = 102, 1 // of socketcall(2), which the others go through
-			refusal = testenv.Refusal{Call: socketcall, Argument: 1, Value: socket}
+			const socketcall = 102
+			refusal = testenv.Refusal{Call: socketcall, Argument: 1, Value: call.sub}
 		}
 		must(testenv.Refuse(errno, refusal))
 	}

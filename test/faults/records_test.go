@@ -379,7 +379,7 @@ func recordFaults() []fault {
 		})
 		add(fault{
 			doing: tree, fault: "socket is refused with " + unix.ErrnoName(errno), outcome: "fails: socket " + unix.ErrnoName(errno) + meanings[errno], says: "process events",
-			inject: refusedSocket(errno), run: recordOpen(&recorder.Options{Tree: 1}),
+			inject: refusedSocket(errno, socketSocket), run: recordOpen(&recorder.Options{Tree: 1}),
 		})
 	}
 	add(fault{
@@ -464,12 +464,12 @@ func recordFaults() []fault {
 		run: recordStopped,
 	})
 	for _, call := range []struct {
-		name   string
-		number int
-	}{{"bind", unix.SYS_BIND}, {"sendto", unix.SYS_SENDTO}} {
+		name string
+		socketCall
+	}{{"bind", socketBind}, {"sendto", socketSendto}} {
 		add(fault{
 			doing: tree, fault: call.name + " is refused with EPERM", outcome: "fails: " + call.name + " EPERM, Is fs.ErrPermission", says: "process events",
-			inject: refused(unix.EPERM, call.number), run: recordOpen(&recorder.Options{Tree: 1}),
+			inject: refusedSocket(unix.EPERM, call.socketCall), run: recordOpen(&recorder.Options{Tree: 1}),
 		})
 	}
 	add(fault{
