@@ -7,11 +7,13 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/pprof"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 // descriptorProfile is the profile in which package poller keeps the stack
@@ -106,7 +108,14 @@ func descriptors() map[string]string {
 	return open
 }
 
+// descriptorLeak finds descriptors that were not there before, and whether one
+// was closed that is nobody's to close: the number 0 may have been taken for one.
 func descriptorLeak(before map[string]string) error {
+	for fd := range 3 {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil && before[strconv.Itoa(fd)] != "" {
+			return fmt.Errorf("descriptor %d was closed", fd)
+		}
+	}
 	var left []string
 	for deadline := time.Now().Add(settle); ; {
 		left = left[:0]
