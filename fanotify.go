@@ -230,7 +230,8 @@ func WatchFiles(ctx context.Context, options *FileOptions, marks ...Mark) (*File
 }
 
 // Mark adds marks: all, or if one fails, none. After the end of the stream the
-// error Is os.ErrClosed.
+// error Is os.ErrClosed. Looking up a Path takes as long as its file system does;
+// with permission events, nobody else waits for that.
 //
 // Operations that may come without a directory to name the file by (OpAttrib,
 // OpDeleteSelf, OpMoveSelf and OpFSError) make all events of a watcher dearer,

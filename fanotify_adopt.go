@@ -131,7 +131,7 @@ func (w *fileWatch) adoptMarks(g *fileGroup) error {
 	}
 	for _, point := range points {
 		m := Mark{Type: MarkFilesystem, Path: point}
-		target, err := m.target(w.systems.readlink)
+		target, err := m.target()
 		if err != nil {
 			continue // its events come without a path
 		}

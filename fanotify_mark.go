@@ -365,14 +365,14 @@ func newKey(id [2]int32, handleType int32, handle []byte) string {
 }
 
 // target opens the object of the mark, without a trace: no event, no side
-// effect.
-func (m *Mark) target(links func(fd int) (string, error)) (*markTarget, error) {
+// effect. It may wait for a file system.
+func (m *Mark) target() (*markTarget, error) {
 	fd, err := m.open()
 	if err != nil {
 		return nil, err
 	}
 	t := &markTarget{fd: fd}
-	if err := t.look(links); err != nil {
+	if err := t.look(); err != nil {
 		t.close()
 		return nil, err
 	}
@@ -381,7 +381,7 @@ func (m *Mark) target(links func(fd int) (string, error)) (*markTarget, error) {
 
 func (t *markTarget) close() { unix.Close(t.fd) }
 
-func (t *markTarget) look(links func(fd int) (string, error)) (err error) {
+func (t *markTarget) look() (err error) {
 	var st unix.Statx_t
 	if err := statx(t.fd, &st); err != nil {
 		return err
@@ -389,7 +389,8 @@ func (t *markTarget) look(links func(fd int) (string, error)) (err error) {
 	t.directory = st.Mode&unix.S_IFMT == unix.S_IFDIR
 	t.mountID, t.inode = st.Mnt_id, st.Ino
 	t.device = fmt.Sprintf("%d:%d", st.Dev_major, st.Dev_minor)
-	if t.path, err = links(t.fd); err != nil {
+	// Not by fileSystems.links, which may be closed meanwhile.
+	if t.path, err = readlink(unix.AT_FDCWD, fdLink(t.fd)); err != nil {
 		return fmt.Errorf("%w: is /proc mounted?", err)
 	}
 	var statfs unix.Statfs_t

@@ -42,9 +42,12 @@ const deletedSuffix = " (deleted)"
 // readlink returns the path that /proc shows for a descriptor.
 func (s *fileSystems) readlink(fd int) (string, error) {
 	var number [12]byte
+	return readlink(s.links.FD(), string(strconv.AppendInt(number[:0], int64(fd), 10)))
+}
+
+func readlink(dir int, name string) (string, error) {
 	var buf [unix.PathMax]byte
-	name := strconv.AppendInt(number[:0], int64(fd), 10)
-	n, err := unix.Readlinkat(s.links.FD(), string(name), buf[:])
+	n, err := unix.Readlinkat(dir, name, buf[:])
 	if err != nil {
 		return "", os.NewSyscallError("readlinkat", err)
 	}

@@ -1,8 +1,10 @@
 package kernstream_test
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"time"
 
@@ -66,9 +68,12 @@ func TestPermissionCloseHangs(t *testing.T) {
 	}
 }
 
-// TestPermissionMarkHangs: while a mark waits for a file system, all who wait for
-// an answer get the default one at the end of the stream.
+// TestPermissionMarkHangs: while a mark waits for a file system, the stream begins,
+// other marks come and go, and all who wait for an answer get the default one at its
+// end.
 func TestPermissionMarkHangs(t *testing.T) {
+	// With one processor, Mark begins before the stream does.
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	l, o, dir, control := hangingLab(t, contentOptions(deny), "lookup hangs")
 	marked := make(chan error, 1)
 	go func() { marked <- l.w.Mark(kernstream.Mark{Path: dir + "/nothing", Ops: openPerm}) }()
@@ -77,6 +82,10 @@ func TestPermissionMarkHangs(t *testing.T) {
 	e := l.receive()
 	unread := o.begin("open", l.path("f"))
 	o.waiting(2)
+	l.ensure("other")
+	other := kernstream.Mark{Path: l.path("other"), Ops: openPerm}
+	l.do(l.w.Mark(other))
+	l.do(l.w.Unmark(other))
 	closed := make(chan struct{})
 	go func() {
 		l.w.Close()
@@ -85,9 +94,12 @@ func TestPermissionMarkHangs(t *testing.T) {
 	o.want(result, unix.EPERM)
 	o.want(unread, unix.EPERM)
 	l.do(e.Close())
+	<-closed
+	if err := l.w.Mark(other); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("a mark after the end: %v", err)
+	}
 	abortConnection(t, control)
 	<-marked
-	<-closed
 
 	// One of a watcher that starts is looked up before another is set.
 	_, o, dir, control = hangingLab(t, contentOptions(deny), "lookup hangs")

@@ -270,10 +270,9 @@ func (w *fileWatch) group(via FileVia) (g *fileGroup, err error) {
 
 // add sets marks, or none of them.
 func (w *fileWatch) add(marks []Mark) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	// All are looked up before the first is set: that may take a file system long,
-	// and whoever is asked about the first would wait.
+	// and whoever is asked about the first would wait. So would the stream, which
+	// takes the lock as it starts, and as it ends.
 	targets := make([]*markTarget, len(marks))
 	for i := range marks {
 		target, err := w.lookUp(&marks[i])
@@ -283,8 +282,13 @@ func (w *fileWatch) add(marks []Mark) error {
 		defer target.close()
 		targets[i] = target
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	var undo []func()
 	for i := range marks {
+		if w.closed {
+			return markError(&marks[i], os.ErrClosed)
+		}
 		if err := w.addOne(&marks[i], targets[i], &undo); err != nil {
 			for _, u := range slices.Backward(undo) {
 				u()
@@ -306,15 +310,26 @@ func markError(m *Mark, err error) error {
 	return fileError(op, m.name(), err)
 }
 
-// lookUp returns the object of a mark that can be set.
+// lookUp returns the object of a mark that can be set. It may wait for a file
+// system, and is called without the lock.
 func (w *fileWatch) lookUp(m *Mark) (*markTarget, error) {
-	if w.closed {
-		return nil, os.ErrClosed
+	if err := w.alive(); err != nil {
+		return nil, err
 	}
 	if err := m.check(&w.options); err != nil {
 		return nil, err
 	}
-	return m.target(w.systems.readlink)
+	return m.target()
+}
+
+// alive returns os.ErrClosed after the end of the stream.
+func (w *fileWatch) alive() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return os.ErrClosed
+	}
+	return nil
 }
 
 // addOne sets one mark. undo gets what takes it away again, for which target
@@ -412,8 +427,6 @@ func (w *fileWatch) forget(id markID, ops FileOp) {
 }
 
 func (w *fileWatch) remove(marks []Mark) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	for i := range marks {
 		if err := w.removeOne(&marks[i]); err != nil {
 			return markError(&marks[i], err)
@@ -423,14 +436,19 @@ func (w *fileWatch) remove(marks []Mark) error {
 }
 
 func (w *fileWatch) removeOne(m *Mark) error {
-	if w.closed {
-		return os.ErrClosed
+	if err := w.alive(); err != nil {
+		return err
 	}
-	target, err := m.target(w.systems.readlink)
+	target, err := m.target() // without the lock, as in add
 	if err != nil {
 		return err
 	}
 	defer target.close()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return os.ErrClosed
+	}
 	err = os.NewSyscallError("fanotify_mark", unix.ENOENT)
 	for _, g := range w.groups {
 		ops := m.Ops
