@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kernstream/kernstream/internal/fanotify"
+	"github.com/kernstream/kernstream/poller"
 )
 
 // Reading a group whose events wait for an answer.
@@ -106,6 +107,7 @@ type permissionReader struct {
 	fileReader
 	access *accessList
 	pid    int // of this process
+	file   *poller.File
 
 	buf   []byte       // has room for one event
 	most  int          // with less, there is no room for two

@@ -22,6 +22,9 @@ import (
 // takes too long is left to itself, and another goroutine reads on. What it has
 // read in the end is judged as all the rest. It also tells the file system of each
 // close, which may take as long.
+//
+// Who reads on does so by a duplicate of the group's descriptor. When the one with
+// the group's own is through, it reads again, and all is as before.
 
 const (
 	// readTakesLong is when another goroutine reads on.
@@ -65,10 +68,11 @@ func (rs *permissionReaders) start(ctx context.Context) {
 // not that of the group itself.
 func (rs *permissionReaders) add(ctx context.Context, file *poller.File) {
 	r := newPermissionReader(rs.group, newPathCache(rs.systems), rs.access)
+	r.file = file
 	rs.current.Store(r)
 	rs.n++
 	rs.running.Go(func() {
-		if err := rs.run(ctx, r, file); err != nil {
+		if err := rs.run(ctx, r); err != nil {
 			select {
 			case rs.failed <- err:
 			default: // another one has failed, too
@@ -89,10 +93,10 @@ var errRelieved = errors.New("somebody else reads")
 
 // run reads until ctx is done or somebody else reads, or until it returns why the
 // group cannot be read any more.
-func (rs *permissionReaders) run(ctx context.Context, r *permissionReader, file *poller.File) error {
-	defer file.CancelOn(ctx)()
+func (rs *permissionReaders) run(ctx context.Context, r *permissionReader) error {
+	defer r.file.CancelOn(ctx)()
 	defer func() { closeAll(r.access.writeCollected()) }()
-	err := file.Wait(func(fd int) (bool, error) {
+	err := r.file.Wait(func(fd int) (bool, error) {
 		// What comes after the last event of a read wakes this wait again.
 		for more := true; more; {
 			rs.watch(r)
@@ -101,7 +105,7 @@ func (rs *permissionReaders) run(ctx context.Context, r *permissionReader, file 
 			switch {
 			case err != nil:
 				return true, err
-			case rs.current.Load() != r:
+			case rs.current.Load() != r && !rs.takeBack(r):
 				return true, errRelieved
 			}
 		}
@@ -110,10 +114,22 @@ func (rs *permissionReaders) run(ctx context.Context, r *permissionReader, file 
 	switch {
 	case isOpError(err):
 		return err
-	case err == errRelieved, ctx.Err() != nil:
+	case err == errRelieved, ctx.Err() != nil, rs.current.Load() != r:
 		return nil
 	}
 	return fileError("read", "fanotify", err)
+}
+
+// takeBack lets the reader with the group's own descriptor read again, and who reads
+// in its place leave. It tells whether r is that.
+func (rs *permissionReaders) takeBack(r *permissionReader) bool {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	if r.file != rs.group.file || rs.ended {
+		return false
+	}
+	rs.current.Swap(r).file.SetReadDeadline(time.Now())
+	return true
 }
 
 // watch notes that a read begins, with all that follows it, and that somebody has to look how long it
