@@ -42,9 +42,12 @@ func (s *soak) measureAgainst(base growth) growth {
 			return now
 		}
 		if time.Now().After(deadline) {
-			stacks := make([]byte, 1<<20)
-			stacks = stacks[:runtime.Stack(stacks, true)]
-			s.t.Errorf("growth: %v; open are\n%q\n%s", now.since(base), openFiles(), stacks)
+			s.t.Errorf("growth: %v; here is\n%s", now.since(base), whatThereIs(1<<20))
+			for _, p := range s.parts {
+				if p, ok := p.(interface{ elsewhere() string }); ok {
+					s.t.Errorf("another process has\n%s", p.elsewhere())
+				}
+			}
 			return now
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -67,6 +70,13 @@ func (g growth) any() bool {
 
 func (g growth) String() string {
 	return fmt.Sprintf("%d descriptors, %d goroutines, %d mounts, %d queued, %d KiB of heap", g.descriptors, g.goroutines, g.mounts, g.queued, g.heap>>10)
+}
+
+// whatThereIs lists what is open and running, for a reader, in so many bytes of stacks.
+func whatThereIs(most int) string {
+	stacks := make([]byte, most)
+	stacks = stacks[:runtime.Stack(stacks, true)]
+	return fmt.Sprintf("%q\n%s", openFiles(), stacks)
 }
 
 func descriptors() int { return len(openFiles()) }

@@ -269,7 +269,16 @@ func (p *permissions) open() (n int, example string) {
 
 func (p *permissions) lost() int { return 0 }
 
-// queued is what the judge has open and running.
+// elsewhere says what the judge has open and running.
+func (p *permissions) elsewhere() string {
+	answer, err := p.judge.ask("show")
+	if text, err2 := strconv.Unquote(answer); err2 == nil {
+		answer = text
+	}
+	return fmt.Sprintln(answer, err)
+}
+
+// queued is how much that is.
 func (p *permissions) queued() int {
 	answer, err := p.judge.ask("measure")
 	n, err2 := strconv.Atoi(answer)
