@@ -165,6 +165,11 @@ const fileBuffer = 64
 // have (max_user_groups), and one more to be told of renamed directories. The
 // queue of a watcher in use costs nobody a thread.
 //
+// The watcher opens and closes files of a marked file system to find their paths.
+// If that does not answer (FUSE, NFS), events of the other marks wait, and so
+// does the end of the stream; it should have a watcher of its own. For permission
+// events see below.
+//
 // A slow consumer loses nothing until the kernel's queue is full. That is an
 // event with OpOverflow: a scan of the files that begins after it finds what
 // was lost, if the consumer goes on receiving meanwhile.
@@ -196,6 +201,8 @@ const fileBuffer = 64
 // long. Each file that is held up so takes a thread; with 64 of them nothing more
 // is read, and nobody is answered whose event was not read, so such a file system
 // should have a watcher of its own. A close that takes long holds up nobody else.
+// At the end of the stream all have their answers at once, but C is closed when
+// the file system has answered.
 //
 // A process with such a watcher must not start others by executing what may be
 // marked: a program, its interpreter, a shared library. Between the clone and the
