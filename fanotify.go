@@ -238,7 +238,10 @@ func WatchFiles(ctx context.Context, options *FileOptions, marks ...Mark) (*File
 
 // Mark adds marks: all, or if one fails, none. After the end of the stream the
 // error Is os.ErrClosed. Looking up a Path takes as long as its file system does;
-// with permission events, nobody else waits for that.
+// with permission events, nobody else waits for that. If the kernel asks it for
+// the mode once more as it sets the mark (FUSE with default_permissions), and it
+// does not answer then, other calls of Mark, Unmark and Flush wait, and so does the
+// close of C.
 //
 // Operations that may come without a directory to name the file by (OpAttrib,
 // OpDeleteSelf, OpMoveSelf and OpFSError) make all events of a watcher dearer,

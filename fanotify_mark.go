@@ -386,6 +386,11 @@ func (t *markTarget) look() (err error) {
 	if err := statx(t.fd, &st); err != nil {
 		return err
 	}
+	// The kernel looks at the mode when it sets the mark, and may ask the file system
+	// for that. One that does not answer holds up less if it is asked before. An
+	// error is the kernel's to tell.
+	var fresh unix.Statx_t
+	unix.Statx(t.fd, "", unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, unix.STATX_MODE, &fresh)
 	t.directory = st.Mode&unix.S_IFMT == unix.S_IFDIR
 	t.mountID, t.inode = st.Mnt_id, st.Ino
 	t.device = fmt.Sprintf("%d:%d", st.Dev_major, st.Dev_minor)

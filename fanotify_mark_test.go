@@ -265,6 +265,18 @@ func TestFileIgnoreOtherGroup(t *testing.T) {
 	}
 }
 
+// TestFileControlMark: who has the descriptors of the groups may use the watcher.
+func TestFileControlMark(t *testing.T) {
+	l := newFileLab(t, nil, "f")
+	l.do(l.w.Mark(kernstream.Mark{Path: l.path("f"), Ops: opOpen}))
+	l.do(l.w.Control(func(int) {
+		l.do(l.w.Unmark(kernstream.Mark{Path: l.path("f"), Ops: opOpen}))
+		l.do(l.w.Mark(kernstream.Mark{Path: l.path("f"), Ops: kernstream.OpAccess}))
+	}))
+	l.read("f")
+	l.want(told{"f": kernstream.OpAccess})
+}
+
 // TestFileMarkRefused: what cannot be is refused with a sentence that says why,
 // before the kernel says EINVAL.
 func TestFileMarkRefused(t *testing.T) {

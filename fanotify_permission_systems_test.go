@@ -72,11 +72,17 @@ func TestPermissionCloseHangs(t *testing.T) {
 // other marks come and go, and all who wait for an answer get the default one at its
 // end.
 func TestPermissionMarkHangs(t *testing.T) {
+	for hangs, name := range map[string]string{"lookup hangs": "/nothing", "getattr hangs": "/f"} {
+		t.Run(hangs, func(t *testing.T) { testMarkHangs(t, hangs, name) })
+	}
+}
+
+func testMarkHangs(t *testing.T, hangs, name string) {
 	// With one processor, Mark begins before the stream does.
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
-	l, o, dir, control := hangingLab(t, contentOptions(deny), "lookup hangs")
+	l, o, dir, control := hangingLab(t, contentOptions(deny), hangs)
 	marked := make(chan error, 1)
-	go func() { marked <- l.w.Mark(kernstream.Mark{Path: dir + "/nothing", Ops: openPerm}) }()
+	go func() { marked <- l.w.Mark(kernstream.Mark{Path: dir + name, Ops: openPerm}) }()
 	waitsForFUSE(t, control)
 	result := o.begin("open", l.path("f"))
 	e := l.receive()
@@ -102,11 +108,11 @@ func TestPermissionMarkHangs(t *testing.T) {
 	<-marked
 
 	// One of a watcher that starts is looked up before another is set.
-	_, o, dir, control = hangingLab(t, contentOptions(deny), "lookup hangs")
+	_, o, dir, control = hangingLab(t, contentOptions(deny), hangs)
 	l.ensure("g")
 	go func() {
 		_, err := kernstream.WatchFiles(t.Context(), contentOptions(deny),
-			kernstream.Mark{Path: l.path("g"), Ops: openPerm}, kernstream.Mark{Path: dir + "/nothing", Ops: openPerm})
+			kernstream.Mark{Path: l.path("g"), Ops: openPerm}, kernstream.Mark{Path: dir + name, Ops: openPerm})
 		marked <- err
 	}()
 	waitsForFUSE(t, control)
@@ -114,6 +120,52 @@ func TestPermissionMarkHangs(t *testing.T) {
 	abortConnection(t, control)
 	if err := <-marked; err == nil {
 		t.Error("a watcher of nothing")
+	}
+}
+
+// TestPermissionMarkSetHangs: the kernel may ask the file system once more when a
+// mark is set. The stream begins all the same, and who asks at its end gets the
+// default answer; C is closed, and other marks are set, when the file system has
+// answered.
+func TestPermissionMarkSetHangs(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	l, o, dir, control := hangingLab(t, contentOptions(deny), "second getattr hangs")
+	l.ensure("other")
+	marked := make(chan error, 2)
+	go func() {
+		marked <- l.w.Mark(kernstream.Mark{Path: l.path("other"), Ops: openPerm}, kernstream.Mark{Path: dir + "/f", Ops: openPerm})
+	}()
+	waitsForFUSE(t, control)
+	results := []<-chan opened{o.begin("open", l.path("f")), o.begin("open", l.path("other"))}
+	e := l.receive()
+	o.waiting(len(results))
+	groups := 0
+	l.do(l.w.Control(func(int) { groups++ }))
+	if groups != 1 {
+		t.Errorf("Control was called for %d groups", groups)
+	}
+	go func() { marked <- l.w.Mark(kernstream.Mark{Path: l.path("f"), Ops: openPerm}) }()
+	closed := make(chan struct{})
+	go func() {
+		l.w.Close()
+		close(closed)
+	}()
+	for _, result := range results {
+		o.want(result, unix.EPERM)
+	}
+	o.want(o.begin("open", l.path("other")), 0)
+	l.do(e.Close())
+	select {
+	case <-closed:
+		t.Error("the stream has ended before the file system has answered")
+	default:
+	}
+	abortConnection(t, control)
+	<-closed
+	for range 2 {
+		if err := <-marked; err == nil {
+			t.Error("a mark that failed, or came after the end, is none")
+		}
 	}
 }
 

@@ -32,10 +32,16 @@ type fileWatch struct {
 	access   *accessList // nil: no event waits for an answer
 	asked    *permissionReaders
 
+	// marking is the lock of who sets marks or takes them away, which may wait for
+	// a file system. It is taken before mu.
+	marking sync.Mutex
+	marks   map[markID]*markState
+
+	// mu is never held over what may wait: the stream takes it as it starts, and
+	// whoever is asked waits for that. groups changes under both locks.
 	mu     sync.Mutex
 	closed bool
-	groups [2]*fileGroup // by FileVia; nil: not needed yet
-	marks  map[markID]*markState
+	groups [2]*fileGroup   // by FileVia; nil: not needed yet
 	ctx    context.Context // nil: not running yet
 	c      chan<- *FileEvent
 }
@@ -160,11 +166,13 @@ func (w *fileWatch) run(ctx context.Context, c chan<- *FileEvent) error {
 	if w.drain.Err() == nil {
 		stop()
 	}
-	w.endAsking() // before the lock, since who sets a mark may wait for a file system
 	w.mu.Lock()
-	w.closed = true // no reader starts from now on
+	w.closed = true // who sets marks goes on with the one in hand, if any
 	w.mu.Unlock()
+	w.endAsking() // before the lock, since that one may wait for a file system
+	w.marking.Lock()
 	w.endAsking() // of marks that were set meanwhile
+	w.marking.Unlock()
 	w.readers.Wait()
 	w.endAsking() // of what a reader had in hand
 	if w.access != nil {
@@ -263,6 +271,8 @@ func (w *fileWatch) group(via FileVia) (g *fileGroup, err error) {
 	if err != nil {
 		return nil, err
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.use(g)
 	w.start(g)
 	return g, nil
@@ -271,8 +281,8 @@ func (w *fileWatch) group(via FileVia) (g *fileGroup, err error) {
 // add sets marks, or none of them.
 func (w *fileWatch) add(marks []Mark) error {
 	// All are looked up before the first is set: that may take a file system long,
-	// and whoever is asked about the first would wait. So would the stream, which
-	// takes the lock as it starts, and as it ends.
+	// and whoever is asked about the first of a watcher that is not running yet
+	// would wait. So would those who set others.
 	targets := make([]*markTarget, len(marks))
 	for i := range marks {
 		target, err := w.lookUp(&marks[i])
@@ -282,14 +292,15 @@ func (w *fileWatch) add(marks []Mark) error {
 		defer target.close()
 		targets[i] = target
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
+	w.marking.Lock()
+	defer w.marking.Unlock()
 	var undo []func()
 	for i := range marks {
-		if w.closed {
-			return markError(&marks[i], os.ErrClosed)
+		err := w.alive()
+		if err == nil {
+			err = w.addOne(&marks[i], targets[i], &undo)
 		}
-		if err := w.addOne(&marks[i], targets[i], &undo); err != nil {
+		if err != nil {
 			for _, u := range slices.Backward(undo) {
 				u()
 			}
@@ -444,10 +455,10 @@ func (w *fileWatch) removeOne(m *Mark) error {
 		return err
 	}
 	defer target.close()
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.closed {
-		return os.ErrClosed
+	w.marking.Lock()
+	defer w.marking.Unlock()
+	if err := w.alive(); err != nil {
+		return err
 	}
 	err = os.NewSyscallError("fanotify_mark", unix.ENOENT)
 	for _, g := range w.groups {
@@ -470,10 +481,10 @@ func (w *fileWatch) removeOne(m *Mark) error {
 }
 
 func (w *fileWatch) flush(t MarkType) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.closed {
-		return fileError("fanotify_mark", "", os.ErrClosed)
+	w.marking.Lock()
+	defer w.marking.Unlock()
+	if err := w.alive(); err != nil {
+		return fileError("fanotify_mark", "", err)
 	}
 	for _, g := range w.groups {
 		if g == nil {
@@ -509,13 +520,17 @@ func (w *fileWatch) startDrain() error {
 
 func (w *fileWatch) control(use func(fd int)) error {
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.closed {
+	closed, groups := w.closed, w.groups
+	w.mu.Unlock()
+	if closed {
 		return fileError("control", "", os.ErrClosed)
 	}
-	for _, g := range w.groups {
-		if g != nil {
-			g.file.Control(use)
+	for _, g := range groups {
+		if g == nil {
+			continue
+		}
+		if err := g.file.Control(use); err != nil {
+			return fileError("control", "", err)
 		}
 	}
 	return nil

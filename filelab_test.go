@@ -292,8 +292,9 @@ func init() { testenv.RegisterChild("fuse", fuseMain) }
 
 // fuseDir returns a directory with a FUSE file system that has one file, "f".
 // A child serves it, without statfs(2) if "no statfs" is asked for, and without
-// ever answering what "hangs" is said of: "open hangs", "flush hangs" (a close), or
-// "lookup hangs" (of any other name).
+// ever answering what "hangs" is said of: "open hangs", "flush hangs" (a close),
+// "lookup hangs" (of any other name), or "getattr hangs" or "second getattr hangs"
+// (of the file).
 func fuseDir(t testing.TB, without ...string) string {
 	t.Helper()
 	testenv.NeedRoot(t, "mounting FUSE")
@@ -303,7 +304,11 @@ func fuseDir(t testing.TB, without ...string) string {
 	}
 	defer device.Close()
 	dir := t.TempDir()
-	mount(t, "fuse", dir, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other", device.Fd()))
+	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other", device.Fd())
+	if slices.ContainsFunc(without, func(what string) bool { return strings.HasSuffix(what, "getattr hangs") }) {
+		options += ",default_permissions" // so that the kernel asks for modes
+	}
+	mount(t, "fuse", dir, "fuse", 0, options)
 	cmd := testenv.Child(t, "fuse", without...)
 	cmd.ExtraFiles = []*os.File{device}
 	if err := cmd.Start(); err != nil {
@@ -335,6 +340,7 @@ func fuseMain(without []string) int {
 		order.PutUint32(b[64:], 1)
 		return b
 	}
+	asked := 0 // for the attributes of the file
 	answer := func(opcode uint32, node uint64, body []byte) ([]byte, unix.Errno, bool) {
 		switch opcode {
 		case 1: // LOOKUP
@@ -347,7 +353,11 @@ func fuseMain(without []string) int {
 		case 2, 36, 42: // FORGET, INTERRUPT, BATCH_FORGET
 			return nil, 0, false
 		case 3: // GETATTR
-			return append(make([]byte, 16), attributes(node)...), 0, true
+			if node == 2 {
+				asked++
+			}
+			hangs := asked > 0 && slices.Contains(without, "getattr hangs") || asked > 1 && slices.Contains(without, "second getattr hangs")
+			return append(make([]byte, 16), attributes(node)...), 0, !hangs
 		case 14, 27: // OPEN, OPENDIR
 			return make([]byte, 16), 0, opcode != 14 || !slices.Contains(without, "open hangs")
 		case 15: // READ
