@@ -34,9 +34,11 @@ type FileOptions struct {
 	// that it then gets, and whenever else nobody answers: the zero Response
 	// denies. At most MaxPending events are held at a time, that is, wait for
 	// their answer, or have got Default while the consumer has them and were not
-	// closed; beyond that, Default is the answer at once. 0 is half of the
-	// descriptors that the process may have (RLIMIT_NOFILE); a quarter with
-	// Descriptors, since as many events that do not ask may wait with theirs.
+	// closed; beyond that, Default is the answer at once. As many events that do not
+	// ask may wait with descriptors, and further ones come without. 0 is what takes
+	// half of the descriptors that the process may have (RLIMIT_NOFILE): half of
+	// their number, a quarter with Descriptors, a sixth with ReportPidFD, an eighth
+	// with both.
 	//
 	// These and Audit, which asks for responses that the kernel's audit log
 	// tells of (CAP_AUDIT_WRITE), do not go together with ClassNotification.

@@ -48,7 +48,7 @@ type accessList struct {
 	waiting list.List // *permission, without an answer, the oldest first
 	queue   list.List // *FileEvent, not delivered, the oldest first
 	held    int       // permission events that nobody is through with
-	kept    int       // others in the queue that have a descriptor
+	kept    int       // others in the queue that have descriptors
 	armed   bool      // the timer runs; it may be for an event that has its answer
 
 	// Answers that are to be written together. See collect.
@@ -95,7 +95,7 @@ func newAccessList(group responder, flags uint, options *FileOptions) (*accessLi
 		audit:     flags&unix.FAN_ENABLE_AUDIT != 0,
 		byDefault: options.Default,
 		deadline:  options.deadline(),
-		limit:     options.maxPending(),
+		limit:     options.maxPending(flags),
 		together:  atMost(answersAtOnce),
 		wake:      make(chan struct{}, 1),
 		timer:     time.NewTimer(time.Hour),
@@ -173,7 +173,8 @@ func (l *accessList) remove(p *permission) {
 // hold counts one more permission event, if there is room for it.
 func (l *accessList) hold() bool { return l.count(&l.held) }
 
-// keep counts one more descriptor of another event, if there is room for it.
+// keep counts one more event of another kind that has descriptors, if there is room
+// for it.
 func (l *accessList) keep() bool { return l.count(&l.kept) }
 
 func (l *accessList) count(n *int) bool {
@@ -253,7 +254,7 @@ func (l *accessList) gone(e *FileEvent) {
 	if p := e.question(); p != nil {
 		p.queued = nil
 	} else if e.own != nil && e.own.counted {
-		l.kept-- // the descriptor is the consumer's to close
+		l.kept-- // the descriptors are the consumer's to close
 	}
 }
 

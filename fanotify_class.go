@@ -120,8 +120,8 @@ func (o *FileOptions) deadline() time.Duration {
 	return o.Deadline
 }
 
-// maxPending is how many events may wait for an answer.
-func (o *FileOptions) maxPending() int {
+// maxPending is how many events of a group with flags may wait for an answer.
+func (o *FileOptions) maxPending(flags uint) int {
 	if o.MaxPending > 0 {
 		return o.MaxPending
 	}
@@ -129,10 +129,14 @@ func (o *FileOptions) maxPending() int {
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
 		return 1
 	}
-	share := limit.Cur / 2
+	each := uint64(1) // descriptors that an event has, and one of as many that do not ask
 	if o.Descriptors {
-		share /= 2 // as many others may have to be received
+		each++
 	}
+	if flags&unix.FAN_REPORT_PIDFD != 0 {
+		each += 2
+	}
+	share := limit.Cur / 2 / each
 	const most = 1 << 20 // fs.nr_open
 	return int(max(1, min(share, most)))
 }

@@ -132,7 +132,7 @@ type fileDescriptors struct {
 
 	// These are set before the event is delivered.
 	asks    *permission // nil: it is no question
-	counted bool        // its descriptor counts in an access list until it is delivered
+	counted bool        // they count in an access list until the event is delivered
 }
 
 // Time returns e.When.

@@ -203,33 +203,42 @@ func (r *permissionReader) newEvent(raw fanotify.Event) *FileEvent {
 
 // complete finds the path of an event.
 func (r *permissionReader) complete(e *FileEvent) {
-	fd := e.own.fd
-	if fd < 0 {
-		e.disown()
-		return
+	if fd := e.own.fd; fd >= 0 {
+		found := r.paths.openNow(fd)
+		e.Path, e.PathState = found.path, found.state
+		e.setPathErr(found.err)
 	}
-	found := r.paths.openNow(fd)
-	e.Path, e.PathState = found.path, found.state
-	e.setPathErr(found.err)
 	if e.own.asks == nil {
 		r.keep(e)
 	}
 }
 
-// keep closes the descriptor of an event that does not ask, unless it was asked
+// keep closes the descriptors of an event that does not ask, unless they were asked
 // for and there is room for one more in the queue.
 func (r *permissionReader) keep(e *FileEvent) {
-	switch {
-	case !r.group.keep:
-	case r.access.keep():
-		e.own.counted = true
-		return
-	default:
-		e.Err = fileError("read", "fanotify", fmt.Errorf("more than MaxPending events wait to be received: %w", unix.EMFILE))
+	own := e.own
+	if own.fd >= 0 && !r.group.keep {
+		unix.Close(own.fd)
+		own.fd = -1
 	}
-	unix.Close(e.own.fd)
-	e.own.fd = -1
-	e.disown()
+	switch {
+	case own.fd < 0 && own.pidfd < 0:
+	case r.access.keep():
+		own.counted = true
+	default:
+		full := fmt.Errorf("more than MaxPending events wait to be received: %w", unix.EMFILE)
+		if own.fd >= 0 {
+			unix.Close(own.fd)
+			own.fd, e.Err = -1, fileError("read", "fanotify", full)
+		}
+		if own.pidfd >= 0 {
+			unix.Close(own.pidfd)
+			own.pidfd, own.pidfdErr = -1, full
+		}
+	}
+	if own.fd < 0 {
+		e.disown()
+	}
 }
 
 // own tells whether a process, or a thread if the group names those, is of this

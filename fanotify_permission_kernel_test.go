@@ -445,6 +445,73 @@ func TestPermissionPidFD(t *testing.T) {
 	o.want(result, 0)
 }
 
+// TestPermissionPidFDRoom: pidfds are descriptors, too: events that nobody receives
+// have no more of them than MaxPending, whether they ask or not, and by default so
+// few that descriptors do not run out.
+func TestPermissionPidFDRoom(t *testing.T) {
+	for _, descriptors := range []bool{false, true} {
+		options := contentOptions(deny)
+		options.ReportPidFD = true
+		options.Descriptors = descriptors
+		options.MaxPending = 8
+		l, o := newPermissionLab(t, options, "f", kernstream.Mark{Path: "f", Ops: openPerm},
+			kernstream.Mark{Type: kernstream.MarkMount, Path: ".", Ops: kernstream.OpCloseNoWrite})
+		const files = 20
+		for i := range files {
+			l.ensure(fmt.Sprint(i))
+			o.want(o.begin("open", l.path(fmt.Sprint(i))), 0)
+		}
+		l.drained()
+		owned := 0
+		for range files {
+			e := l.receive()
+			_, err := e.Process()
+			switch {
+			case err == nil && descriptors == (e.FD() >= 0) && e.Err == nil:
+				owned++
+			case !errors.Is(err, unix.EMFILE), e.FD() >= 0, descriptors != errors.Is(e.Err, unix.EMFILE):
+				t.Errorf("event %v, descriptor %d, process: %v", e, e.FD(), err)
+			}
+			l.do(e.Close())
+		}
+		if owned < 8 || owned >= files {
+			t.Errorf("%d of %d events have a pidfd; want 8, and what was received meanwhile", owned, files)
+		}
+		l.w.Close()
+	}
+
+	needMarks(t)
+	o := newOpeners(t)
+	testenv.NoLeaks(t)
+	l := &fileLab{t: t, dir: labDir(t)}
+	l.ensure("f")
+	var limit unix.Rlimit
+	l.do(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	low := limit
+	low.Cur = 240
+	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	options := contentOptions(allow)
+	options.ReportPidFD = true
+	l.watch(options, kernstream.Mark{Path: "f", Ops: openPerm})
+	results := make([]<-chan opened, 200)
+	for i := range results {
+		results[i] = o.begin("open", l.path("f"))
+	}
+	for begin := time.Now(); l.w.Defaulted() < 160; time.Sleep(time.Millisecond) {
+		if time.Since(begin) > patience {
+			t.Fatalf("%d default answers; want 160", l.w.Defaulted())
+		}
+	}
+	f, err := os.Open("/dev/null")
+	l.do(err)
+	f.Close()
+	l.do(l.w.Close())
+	for _, result := range results {
+		o.want(result, 0)
+	}
+}
+
 // TestPermissionNoStart: a process that answers does not start others: it could
 // wait for itself for ever. After the end of the watcher it does again.
 func TestPermissionNoStart(t *testing.T) {
