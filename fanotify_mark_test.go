@@ -249,19 +249,30 @@ func TestFileIgnore(t *testing.T) {
 }
 
 // TestFileIgnoreOtherGroup: an ignore mark takes away what comes from the
-// descriptor group, too.
+// descriptor group, too, whether that was made before it or is made later.
 func TestFileIgnoreOtherGroup(t *testing.T) {
 	needMarks(t)
 	testenv.NoLeaks(t)
 	l := &fileLab{t: t, dir: overlayDir(t)}
 	l.ensure("f g")
-	l.watch(nil, kernstream.Mark{Type: filesystem, Ops: opOpen}, kernstream.Mark{Path: "f", Ops: opOpen, Ignore: kernstream.IgnoredMaskSurvModify})
-	l.read("f")
-	l.read("g")
-	for _, e := range l.want(told{"g": opOpen}) {
-		if e.Via != kernstream.ViaDescriptor {
-			t.Errorf("%v via %v", e, e.Via)
+	all := kernstream.Mark{Type: filesystem, Path: l.dir, Ops: opOpen}
+	none := kernstream.Mark{Path: l.path("f"), Ops: opOpen, Ignore: kernstream.IgnoredMaskSurvModify}
+	for _, marks := range [][]kernstream.Mark{{all, none}, {none, all}} {
+		w, err := kernstream.WatchFiles(t.Context(), nil, marks[0])
+		l.do(err)
+		l.w = w
+		l.do(w.Mark(marks[1]))
+		l.read("f")
+		l.read("g")
+		for _, e := range l.want(told{"g": opOpen}) {
+			if e.Via != kernstream.ViaDescriptor {
+				t.Errorf("%v via %v", e, e.Via)
+			}
 		}
+		l.do(w.Unmark(none))
+		l.read("f")
+		l.want(told{"f": opOpen})
+		l.do(w.Close())
 	}
 }
 

@@ -224,6 +224,15 @@ func (s *fileSystems) followRoots(moved bool) {
 	}
 }
 
+// told tells whether the quiet group has a file system: then any mark of it can be
+// with handles.
+func (s *fileSystems) told(id fsID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	system := s.byID[id]
+	return system != nil && system.told
+}
+
 // hold counts the marks on a file system.
 func (s *fileSystems) hold(id fsID, n int) {
 	s.mu.Lock()

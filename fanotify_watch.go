@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"sync"
@@ -350,9 +351,8 @@ func (w *fileWatch) addOne(m *Mark, target *markTarget, undo *[]func()) error {
 	if w.first == ViaHandle {
 		err := w.set(ViaHandle, m, m.Ops, target, undo)
 		switch {
-		case err == nil && m.Ignore != NoIgnore && w.groups[ViaDescriptor] != nil && descriptor != 0:
-			// What it takes away may come from the other group.
-			return w.set(ViaDescriptor, m, descriptor, target, undo)
+		case err == nil && m.Ignore != NoIgnore && descriptor != 0:
+			return m.explain(w.ignoreThere(m, descriptor, target, undo), target)
 		case err == nil:
 			return nil
 		case !target.withoutHandles(err):
@@ -364,6 +364,19 @@ func (w *fileWatch) addOne(m *Mark, target *markTarget, undo *[]func()) error {
 		return errCannot("%v come without a descriptor, and the group of this watcher is of descriptors", m.Ops&^descriptor)
 	}
 	return m.explain(w.set(ViaDescriptor, m, m.Ops, target, undo), target)
+}
+
+// ignoreThere sets an ignore mark in the descriptor group, too, if what it takes away
+// comes from there, or may once another mark of that file system is set.
+func (w *fileWatch) ignoreThere(m *Mark, ops FileOp, target *markTarget, undo *[]func()) error {
+	if w.groups[ViaDescriptor] == nil && w.systems.told(target.fsid) {
+		return nil // all marks of it go to the handle group
+	}
+	err := w.set(ViaDescriptor, m, ops, target, undo)
+	if w.groups[ViaDescriptor] == nil && errors.Is(err, fs.ErrPermission) {
+		return nil // so there will be none
+	}
+	return err
 }
 
 // withoutHandles tells whether a mark failed because the file system has no
