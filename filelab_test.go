@@ -448,7 +448,7 @@ func wantError(t testing.TB, err, is error, words ...string) {
 }
 
 func init() {
-	testenv.RegisterChild("nobody", func(args []string) int {
+	testenv.RegisterChild("nobody's files", func(args []string) int {
 		t := &childTest{}
 		failed := t.run(func() { testUnprivileged(t, args[0]) })
 		if failed {
@@ -470,7 +470,7 @@ func asNobody(t testing.TB) {
 	if err := os.Chown(dir, 65534, 65534); err != nil {
 		t.Fatal(err)
 	}
-	cmd := testenv.Child(t, "nobody", dir)
+	cmd := testenv.Child(t, "nobody's files", dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	out, err := cmd.Output()
 	if err != nil {

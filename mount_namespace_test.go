@@ -251,7 +251,7 @@ func TestMountUnprivileged(t *testing.T) {
 	testenv.NeedRoot(t, "another user")
 	testenv.NeedMounts(t)
 	testenv.NoLeaks(t)
-	cmd := testenv.Child(t, "nobody", fmt.Sprint(os.Getpid()))
+	cmd := testenv.Child(t, "nobody's mounts", fmt.Sprint(os.Getpid()))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	if out, err := cmd.Output(); err != nil || string(out) != "ok\n" {
 		t.Errorf("%v: %s", err, out)
@@ -259,7 +259,7 @@ func TestMountUnprivileged(t *testing.T) {
 }
 
 func init() {
-	testenv.RegisterChild("nobody", func(args []string) int {
+	testenv.RegisterChild("nobody's mounts", func(args []string) int {
 		var pid int
 		fmt.Sscan(args[0], &pid)
 		for _, options := range []*kernstream.MountOptions{nil, {PID: pid}} {

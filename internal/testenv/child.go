@@ -26,8 +26,14 @@ func init() {
 }
 
 // RegisterChild makes the test binary behave as the program main when it is
-// run by [Child] with name. It is called by init functions.
-func RegisterChild(name string, main func(args []string) int) { children[name] = main }
+// run by [Child] with name. It is called by init functions. It panics if there is
+// such a program: one of the two would never run.
+func RegisterChild(name string, main func(args []string) int) {
+	if children[name] != nil {
+		panic(fmt.Sprintf("testenv: there are two children %q", name))
+	}
+	children[name] = main
+}
 
 // Child returns a command that runs this test binary as the program name. It
 // dies with the test.
