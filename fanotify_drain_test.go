@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -59,13 +60,20 @@ func TestDrain(t *testing.T) {
 	for name, options := range map[string]*kernstream.FileOptions{"handles": nil, "descriptors": {Descriptors: true}} {
 		t.Run(name, func(t *testing.T) {
 			l := newDrainLab(t, t.Context(), options)
-			for range 2 {
-				l.do(l.w.Drain())
+			var drains sync.WaitGroup
+			for range 8 {
+				drains.Go(func() {
+					if err := l.w.Drain(); err != nil {
+						t.Error(err)
+					}
+				})
 			}
+			drains.Wait()
 			l.read("after")
 			if n := l.countToEnd(); n != drainFiles || l.w.Err() != nil {
 				t.Errorf("%d events, then %v; want %d, nil", n, l.w.Err(), drainFiles)
 			}
+			l.do(l.w.Drain())
 		})
 	}
 }

@@ -524,6 +524,9 @@ func (w *fileWatch) startDrain() error {
 	}
 	for _, t := range []MarkType{MarkInode, MarkMount, MarkFilesystem} {
 		if err := w.flush(t); err != nil {
+			if w.drain.Err() != nil {
+				return nil // somebody else was faster
+			}
 			return err
 		}
 	}
