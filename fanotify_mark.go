@@ -205,18 +205,36 @@ func errCannot(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, unix.EINVAL)...)
 }
 
-// check says what is wrong with a mark that no kernel can set in a watcher with
-// options, whatever its object is.
-func (m *Mark) check(options *FileOptions) error {
-	only := m.Ops &^ opModifiers
-	handles := m.Ops &^ options.Class.ops()
+// check says what is wrong with a type that does not exist: the kernel would take it
+// for MarkInode.
+func (t MarkType) check() error {
+	if t != MarkInode && t.flags() == unix.FAN_MARK_INODE {
+		return errCannot("unknown %v", t)
+	}
+	return nil
+}
+
+// checkForm says what is wrong with a mark that is neither to be set nor to be taken
+// away.
+func (m *Mark) checkForm() error {
 	switch {
-	case m.Type.String() != MarkInode.String() && m.Type.flags() == 0:
-		return errCannot("unknown %v", m.Type)
 	case m.Ignore != NoIgnore && m.Ignore.flags() == 0:
 		return errCannot("unknown %v", m.Ignore)
 	case m.Flags&^(MarkEvictable|MarkDontFollow|MarkOnlyDir) != 0:
 		return errCannot("unknown mark flags %v", m.Flags)
+	}
+	return m.Type.check()
+}
+
+// check says what is wrong with a mark that no kernel can set in a watcher with
+// options, whatever its object is.
+func (m *Mark) check(options *FileOptions) error {
+	if err := m.checkForm(); err != nil {
+		return err
+	}
+	only := m.Ops &^ opModifiers
+	handles := m.Ops &^ options.Class.ops()
+	switch {
 	case m.Ops == 0:
 		return errCannot("no operation is asked for")
 	case only == 0 && m.Ignore == NoIgnore:

@@ -339,6 +339,20 @@ func TestFileMarkRefused(t *testing.T) {
 	} {
 		wantError(t, w.Mark(test.mark), test.is, test.mark.Path, test.words)
 	}
+	for _, test := range []struct {
+		mark  kernstream.Mark
+		words string
+	}{
+		{kernstream.Mark{Path: dir, Ops: opOpen, Type: 9}, "unknown MarkType(9)"},
+		{kernstream.Mark{Path: dir, Ops: opOpen, Ignore: 9}, "unknown IgnoreMode(9)"},
+		{kernstream.Mark{Path: dir, Ops: opOpen, Flags: 1 << 9}, "unknown mark flags 0x200"},
+	} {
+		wantError(t, w.Unmark(test.mark), unix.EINVAL, dir, test.words)
+	}
+	wantError(t, w.Flush(9), unix.EINVAL, "unknown MarkType(9)")
+	if err := w.Unmark(kernstream.Mark{Path: dir, Ops: opOpen}); err != nil {
+		t.Errorf("what is refused took the mark away: %v", err)
+	}
 	closed, err := os.Open(dir)
 	if err != nil {
 		t.Fatal(err)

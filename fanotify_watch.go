@@ -463,6 +463,9 @@ func (w *fileWatch) removeOne(m *Mark) error {
 	if err := w.alive(); err != nil {
 		return err
 	}
+	if err := m.checkForm(); err != nil {
+		return err
+	}
 	target, err := m.target() // without the lock, as in add
 	if err != nil {
 		return err
@@ -494,6 +497,9 @@ func (w *fileWatch) removeOne(m *Mark) error {
 }
 
 func (w *fileWatch) flush(t MarkType) error {
+	if err := t.check(); err != nil {
+		return fileError("fanotify_mark", "", err)
+	}
 	w.marking.Lock()
 	defer w.marking.Unlock()
 	if err := w.alive(); err != nil {
