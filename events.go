@@ -119,11 +119,11 @@ func (r *run[T]) run(produce func(ctx context.Context, r *run[T]) error) {
 		if p := recover(); p != nil {
 			panic(p)
 		}
+		if cancelled := r.ctx.Err() != nil; cancelled && r.takeBack() && err == io.EOF {
+			err = r.ctx.Err() // the consumer did not get as far as to the end
+		}
 		err, r.own = r.reason(err)
 		r.err.Store(&err)
-		if cancelled := r.ctx.Err() != nil; cancelled {
-			r.takeBack()
-		}
 		r.cancel(nil) // lets go of the parent
 		close(r.c)
 		close(r.done)
@@ -186,17 +186,19 @@ func offer[T Event](ctx context.Context, c chan<- T, e T) bool {
 	return false
 }
 
-// takeBack empties the buffer and closes the events that it held.
-func (r *run[T]) takeBack() {
+// takeBack empties the buffer and closes the events that it held. It tells whether
+// there were any.
+func (r *run[T]) takeBack() (taken bool) {
 	for {
 		select {
 		case e, ok := <-r.c:
 			if !ok {
-				return
+				return taken
 			}
 			discard(e)
+			taken = true
 		default:
-			return
+			return taken
 		}
 	}
 }

@@ -66,6 +66,32 @@ func TestBufferIsTakenBack(t *testing.T) {
 	}
 }
 
+// TestBufferEndCancelled: a cancel that comes as the source is at its end, and takes
+// events back, is why the stream ended: with Err nil they would be missed.
+func TestBufferEndCancelled(t *testing.T) {
+	testenv.NoLeaks(t)
+	cause := errors.New("enough")
+	for _, left := range []int{1, 0} {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		full := make(chan struct{})
+		s := newStream(ctx, 1, func(ctx context.Context, r *run[*bufferEvent]) error {
+			for range left {
+				r.emit(new(bufferEvent))
+			}
+			close(full)
+			<-ctx.Done()
+			return io.EOF
+		})
+		<-full
+		cancel(cause)
+		<-s.end.(*run[*bufferEvent]).done
+		want := []error{nil, cause}[left]
+		if e, ok := <-s.C; ok || s.Err() != want {
+			t.Errorf("event %v, then %v; want none, then %v", e, s.Err(), want)
+		}
+	}
+}
+
 // TestBufferIsDelivered: at every other end, what is in the buffer is still
 // delivered; a Close that comes before it was received takes it back.
 func TestBufferIsDelivered(t *testing.T) {
