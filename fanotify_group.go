@@ -94,12 +94,15 @@ func (g *fileGroup) queued() bool {
 	return n > 0
 }
 
-// batch returns how many bytes to read at once. A read makes a descriptor for
-// each event, so there is a limit to what may be read at once; and where the kernel
-// does not tell of a descriptor that it could not make, it does at least for
-// the first event of a read.
+// batch returns how many bytes to read at once. A read makes the descriptors and
+// pidfds of all its events, so there is a limit to what may be read at once; and
+// where the kernel does not tell of a descriptor that it could not make, it does at
+// least for the first event of a read.
 func (g *fileGroup) batch() int {
 	switch {
+	case g.via == ViaHandle && g.flags&unix.FAN_REPORT_PIDFD != 0:
+		const least = 60 // of an event with a handle and a pidfd
+		return max(atMost(128)*least, fanotify.MaxEventSize)
 	case g.via == ViaHandle:
 		return batchBytes
 	case g.flags&unix.FAN_REPORT_FD_ERROR == 0:

@@ -2,6 +2,7 @@ package kernstream_test
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"testing"
@@ -91,5 +92,36 @@ func TestFilePidfdForEach(t *testing.T) {
 	l.w.Close()
 	for e := range l.w.C {
 		e.Close()
+	}
+}
+
+// TestFilePidFDBatch: no more pidfds are made at once than there is room for, however
+// many events wait.
+func TestFilePidFDBatch(t *testing.T) {
+	needMarks(t)
+	testenv.NoLeaks(t)
+	l := &fileLab{t: t, dir: labDir(t)}
+	const files = 600
+	for i := range files {
+		l.ensure(fmt.Sprint(i))
+	}
+	group := rawGroup(t, unix.FAN_REPORT_DFID_NAME|unix.FAN_REPORT_PIDFD)
+	l.do(unix.FanotifyMark(int(group.Fd()), unix.FAN_MARK_ADD|unix.FAN_MARK_FILESYSTEM, unix.FAN_OPEN, unix.AT_FDCWD, l.dir))
+	for i := range files {
+		l.read(fmt.Sprint(i))
+	}
+	var limit unix.Rlimit
+	l.do(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	low := limit
+	low.Cur = 256
+	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	l.watch(&kernstream.FileOptions{Group: group})
+	for range files {
+		e := l.receive()
+		if _, err := e.Process(); err != nil {
+			t.Fatalf("event %v: %v", e, err)
+		}
+		l.do(e.Close())
 	}
 }
