@@ -175,7 +175,7 @@ func (s *mountinfoSource) compare(ctx context.Context, file *poller.Descriptor) 
 	case err != nil:
 		return nil, s.target.failed(err)
 	}
-	text, unique := s.unique.ofText(s.text, torn)
+	text, unique := s.unique.ofText(s.text, torn, s.table.Rows())
 	diff := s.table.Compare(text, unique)
 	for _, row := range diff.New {
 		s.findParent(row)

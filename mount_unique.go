@@ -45,8 +45,9 @@ func (u *uniqueIDs) look(n int) {
 // known, or nil if none are. torn tells that the table changed between the two
 // looks around the text: then rows of mounts that were not there at both are
 // left out of the text that is returned, if they can be told. They came or went,
-// and the next look sees it. The result is valid until the next call.
-func (u *uniqueIDs) ofText(text []byte, torn bool) ([]byte, []uint64) {
+// and the next look sees it. known are rows of the text before, with their unique
+// IDs. The result is valid until the next call.
+func (u *uniqueIDs) ofText(text []byte, torn bool, known []*procfs.MountRow) ([]byte, []uint64) {
 	n, first, last := procfs.MountIDRange(text)
 	if !torn && u.fits(n, first, last) {
 		u.fitted = true
@@ -54,6 +55,7 @@ func (u *uniqueIDs) ofText(text []byte, torn bool) ([]byte, []uint64) {
 	}
 	if torn {
 		text = procfs.DropRepeated(text)
+		u.learn(known)
 	}
 	ids := u.ask(procfs.MountIDs(text), torn)
 	if !torn || !u.fitted || ids == nil {
@@ -118,6 +120,23 @@ func (u *uniqueIDs) ask(ids iter.Seq[uint32], torn bool) []uint64 {
 		u.rows = append(u.rows, unique[id])
 	}
 	return u.rows
+}
+
+// learn takes over the short IDs of known rows, for a text that is torn. A mount
+// that was there at both looks may be gone when statmount is asked for it, and
+// those asked before may not: what is left would be a table that never was.
+func (u *uniqueIDs) learn(rows []*procfs.MountRow) {
+	if u.short == nil {
+		u.short = make(map[uint64]uint32, len(rows))
+	}
+	for _, row := range rows {
+		if row.Unique == 0 || row.ID == 0 {
+			continue
+		}
+		if _, ok := u.short[row.Unique]; !ok {
+			u.short[row.Unique] = row.ID
+		}
+	}
 }
 
 // parent returns the unique ID of the parent of a mount, or 0. It is for

@@ -46,7 +46,7 @@ func TestUniqueIDsTorn(t *testing.T) {
 	u := uniqueIDs{sure: true}
 	check := func(what string, text []byte, torn bool) {
 		t.Helper()
-		text, ids := u.ofText(bytes.Clone(text), torn)
+		text, ids := u.ofText(bytes.Clone(text), torn, nil)
 		var reader statmount.Reader
 		i, unknown := 0, 0
 		for short := range procfs.MountIDs(text) {
@@ -90,4 +90,40 @@ func TestUniqueIDsTorn(t *testing.T) {
 	mount("y")
 	u.look(8)
 	check("torn again", text, true)
+}
+
+// TestUniqueIDsTornThenGone: of a text that is torn no row is left out whose mount
+// was there at both looks, although it is gone by the time when the IDs are asked
+// for. What is left would be a table that never was.
+func TestUniqueIDsTornThenGone(t *testing.T) {
+	testenv.NeedKernel(t, 6, 8, "listmount")
+	testenv.NeedMounts(t)
+	dir := t.TempDir()
+	if err := unix.Mount("lab", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := uniqueIDs{sure: true}
+	var table procfs.MountTable
+	u.look(8)
+	_, ids := u.ofText(bytes.Clone(text), false, nil)
+	table.Commit(table.Compare(text, ids))
+
+	u.look(8)
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	rest, ids := u.ofText(bytes.Clone(text), true, table.Rows())
+	if diff := table.Compare(rest, ids); !diff.Empty() {
+		t.Errorf("the text lost %d rows; want none", len(diff.Gone))
+	}
+	u.look(8)
+	rest, ids = u.ofText(bytes.Clone(text), true, table.Rows())
+	if diff := table.Compare(rest, ids); len(diff.Gone) != 1 || len(diff.New)+len(diff.Changed) != 0 {
+		t.Errorf("at the next look %d rows are gone, %d new and %d changed; want one to be gone", len(diff.Gone), len(diff.New), len(diff.Changed))
+	}
 }
