@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -29,7 +30,12 @@ var processes = newProcessTable()
 type processTable struct {
 	mu      sync.Mutex
 	changed sync.Cond // on mu: a stream was closed, an event offered was taken or withdrawn, or a round is over
-	round   uint64    // of the goroutine; odd from when it has looked until nothing is left of what has ended
+
+	// A round is from when a goroutine has looked until nothing is left of what
+	// has ended. One whose Set was given back may be in its last one while the
+	// next goroutine is in its first.
+	round  uint64   // the last one that was begun
+	rounds []uint64 // those that are not over, in their order
 
 	set      *poller.Set[*process] // nil: there is no entry
 	loopDone chan struct{}         // closed when the goroutine of set has ended
@@ -213,7 +219,7 @@ func (t *processTable) loop(set *poller.Set[*process], done chan<- struct{}) {
 		now := time.Now()
 		var d departures
 		t.mu.Lock()
-		t.round++
+		round := t.beginRound()
 		for _, r := range ready[:n] {
 			t.look(r.Value, stateOf(r.Events), now, &d)
 		}
@@ -233,23 +239,31 @@ func (t *processTable) loop(set *poller.Set[*process], done chan<- struct{}) {
 		t.mu.Unlock()
 		d.done = nil
 		t.giveBack(&d)
-		t.endRound()
+		t.endRound(round)
 		t.endStreams(&d)
 	}
 }
 
-func (t *processTable) endRound() {
+// beginRound returns the number of a new round.
+func (t *processTable) beginRound() uint64 {
+	t.round++
+	t.rounds = append(t.rounds, t.round)
+	return t.round
+}
+
+func (t *processTable) endRound(round uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.round++
+	i, _ := slices.BinarySearch(t.rounds, round)
+	t.rounds = slices.Delete(t.rounds, i, i+1)
 	t.changed.Broadcast()
 }
 
-// awaitRound waits until nothing is left of what the goroutine has seen end.
+// awaitRound waits until nothing is left of what was seen to end.
 func (t *processTable) awaitRound() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for began := t.round; began%2 == 1 && t.round == began; {
+	for last := t.round; len(t.rounds) > 0 && t.rounds[0] <= last; {
 		t.changed.Wait()
 	}
 }
