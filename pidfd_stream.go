@@ -119,9 +119,8 @@ func (t *processTable) cancel(c *contextWatches) {
 func (t *processTable) lookAtAll(c *contextWatches) {
 	now := time.Now()
 	var d departures
-	defer t.depart(&d)
 	t.mu.Lock()
-	defer t.mu.Unlock()
+	round := t.beginRound()
 	var all []*process
 	var fds []int32
 	for w := c.streams.first; w != nil; w = w.links[ofOwner].next {
@@ -132,6 +131,10 @@ func (t *processTable) lookAtAll(c *contextWatches) {
 		t.look(all[i], state, now, &d)
 		t.settle(all[i], &d)
 	}
+	t.mu.Unlock()
+	t.giveBack(&d)
+	t.endRound(round)
+	t.endStreams(&d)
 }
 
 // cancelBatch ends some of them.

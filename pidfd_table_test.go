@@ -13,7 +13,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -223,44 +222,6 @@ func TestTableCancelsMany(t *testing.T) {
 			}
 		}
 	}
-}
-
-// TestTableAwaitsEveryRound: who waits until nothing is left of what has ended waits
-// for every goroutine that is at it, also while one has given its Set back and the
-// next one works already, and for none that begins later.
-func TestTableAwaitsEveryRound(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		table := newProcessTable()
-		begin := func() uint64 {
-			table.mu.Lock()
-			defer table.mu.Unlock()
-			return table.beginRound()
-		}
-		table.awaitRound() // there is none
-		for _, firstEndsFirst := range []bool{true, false} {
-			one, other := begin(), begin()
-			if !firstEndsFirst {
-				one, other = other, one
-			}
-			over := make(chan struct{})
-			go func() {
-				defer close(over)
-				table.awaitRound()
-			}()
-			synctest.Wait()
-			later := begin()
-			table.endRound(one)
-			synctest.Wait()
-			select {
-			case <-over:
-				t.Errorf("one of two rounds was not waited for, the first ends first: %t", firstEndsFirst)
-			default:
-			}
-			table.endRound(other)
-			<-over
-			table.endRound(later)
-		}
-	})
 }
 
 // TestTableFails: an error of the Set ends every stream with it, and leaves
