@@ -297,13 +297,20 @@ func init() { testenv.RegisterChild("fuse", fuseMain) }
 // (of the file).
 func fuseDir(t testing.TB, without ...string) string {
 	t.Helper()
+	dir, _ := fuseServer(t, without...)
+	return dir
+}
+
+// fuseServer is fuseDir, and returns the process that serves, too.
+func fuseServer(t testing.TB, without ...string) (dir string, server *os.Process) {
+	t.Helper()
 	testenv.NeedRoot(t, "mounting FUSE")
 	device, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
 	if err != nil {
 		testenv.Missing(t, "needs /dev/fuse", err)
 	}
 	defer device.Close()
-	dir := t.TempDir()
+	dir = t.TempDir()
 	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other", device.Fd())
 	if slices.ContainsFunc(without, func(what string) bool { return strings.HasSuffix(what, "getattr hangs") }) {
 		options += ",default_permissions" // so that the kernel asks for modes
@@ -321,7 +328,7 @@ func fuseDir(t testing.TB, without ...string) string {
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
-	return dir
+	return dir, cmd.Process
 }
 
 // fuseMain serves descriptor 3: a read-only file system with one file.

@@ -294,6 +294,41 @@ func testProcessLeavesNamespace(t *testing.T, via kernstream.MountVia) {
 	}
 }
 
+// TestMountHungRoot: the table of a process whose root directory is of a file system
+// that does not answer can be followed: nobody asks that which root it is.
+func TestMountHungRoot(t *testing.T) {
+	dir, server := fuseServer(t)
+	a := newAgent(t, unix.CLONE_NEWNS)
+	a.do("chroot", dir)
+	if err := server.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	for _, via := range []kernstream.MountVia{kernstream.ViaAuto, kernstream.ViaFanotify} {
+		begun := make(chan struct{})
+		go func() {
+			defer close(begun)
+			w, err := kernstream.WatchMounts(t.Context(), &kernstream.MountOptions{PID: a.PID, Via: via})
+			if err != nil {
+				if via == kernstream.ViaAuto {
+					t.Error(err)
+				}
+				return
+			}
+			defer w.Close()
+			if e := <-w.C; len(e.Mounted) != 1 || e.Mounted[0].MountPoint != "/" || e.Mounted[0].FSType != "fuse" {
+				t.Errorf("by %v the table is %v; want the root alone", via, e)
+			}
+		}()
+		select {
+		case <-begun:
+		case <-time.After(patience):
+			server.Kill() // lets go of who waits
+			<-begun
+			t.Fatalf("by %v the watcher waits for the file system", via)
+		}
+	}
+}
+
 func unmarshalEvent(t *testing.T, text string) *kernstream.MountEvent {
 	t.Helper()
 	if text == "none" {
