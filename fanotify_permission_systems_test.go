@@ -2,9 +2,11 @@ package kernstream_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -135,6 +137,11 @@ func TestPermissionMarkSetHangs(t *testing.T) {
 	go func() {
 		marked <- l.w.Mark(kernstream.Mark{Path: l.path("other"), Ops: openPerm}, kernstream.Mark{Path: dir + "/f", Ops: openPerm})
 	}()
+	for begin := time.Now(); markCount(t, l.w) < 3; time.Sleep(time.Millisecond) {
+		if time.Since(begin) > patience {
+			t.Fatal("the first mark of the call is not set")
+		}
+	}
 	waitsForFUSE(t, control)
 	results := []<-chan opened{o.begin("open", l.path("f")), o.begin("open", l.path("other"))}
 	e := l.receive()
@@ -167,6 +174,22 @@ func TestPermissionMarkSetHangs(t *testing.T) {
 			t.Error("a mark that failed, or came after the end, is none")
 		}
 	}
+}
+
+// markCount returns how many marks the groups of a watcher have.
+func markCount(t testing.TB, w *kernstream.FileWatcher) (n int) {
+	t.Helper()
+	err := w.Control(func(fd int) {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
+		if err != nil {
+			t.Error(err)
+		}
+		n += strings.Count(string(text), " ignored_mask:")
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 // waitsForFUSE waits until somebody waits for the file system of a connection.
