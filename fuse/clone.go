@@ -42,15 +42,14 @@ func (s *Session) Clone() (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	source := s.anyDevice()
-	number, ok := source.file.Pin()
+	source, number, ok := s.pin()
 	if !ok {
 		unix.Close(fd)
 		return nil, fuseError("clone", s.object(), s.ended())
 	}
 	argument := uint32(number)
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), cloneRequest, uintptr(unsafe.Pointer(&argument)))
-	source.file.Unpin()
+	source.Unpin()
 	if errno != 0 {
 		unix.Close(fd)
 		return nil, fuseError("clone", s.object(), os.NewSyscallError("ioctl", errno))
@@ -146,7 +145,8 @@ func (s *Session) interruptLater(unique uint64) {
 	var header [fusewire.OutHeaderSize]byte
 	fusewire.PutOutHeader(&header, len(header), int(unix.EAGAIN), unique|interruptBit)
 	for _, d := range s.openDevices() {
-		if err := d.write(&header, nil); !errors.Is(err, syscall.ENOENT) {
+		// One that was closed meanwhile has nothing to answer.
+		if err := d.write(&header, nil); err != os.ErrClosed && !errors.Is(err, syscall.ENOENT) {
 			runtime.Gosched() // to the one who enters it
 			return
 		}

@@ -297,6 +297,49 @@ func TestClosedDevice(t *testing.T) {
 	}
 }
 
+// What the session does through any of its devices does not mind that one is being
+// closed: the others are as good.
+func TestCallsWhileDevicesAreClosed(t *testing.T) {
+	l := newLab(t, &fuse.Config{MaxWrite: 4096})
+	const rounds, clones = 100, 40
+	for range rounds {
+		for range clones {
+			l.clone()
+		}
+		var calls sync.WaitGroup
+		var closed atomic.Bool
+		for range 4 {
+			calls.Go(func() {
+				for !closed.Load() {
+					if err := l.s.NotifyInvalInode(fileNode, 0, 0); !errors.Is(err, unix.ENOENT) {
+						t.Errorf("a notification: %v", err)
+						return
+					}
+					d, err := l.s.Clone()
+					if err != nil {
+						t.Errorf("Clone: %v", err)
+						return
+					}
+					d.Close()
+				}
+			})
+		}
+		for _, d := range l.s.Devices()[:clones] {
+			d.Close()
+		}
+		closed.Store(true)
+		calls.Wait()
+		if t.Failed() {
+			break
+		}
+	}
+	select {
+	case <-l.s.Done():
+		t.Errorf("the session has ended: %v", l.s.Err())
+	default:
+	}
+}
+
 // The first device is one among others: it can be closed while there are others.
 // The last one cannot.
 func TestFirstAndLastDevice(t *testing.T) {

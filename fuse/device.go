@@ -187,13 +187,13 @@ func (d *Device) next(ctx context.Context) (*Request, error) {
 			return nil, os.ErrClosed
 		case ctx.Err() != nil:
 			if d.connectionGone() {
-				return nil, d.end(d.buf)
+				return nil, d.session.ended()
 			}
 			return nil, context.Cause(ctx)
 		case d.session.diverted.Load():
 			r, err := d.session.takeReturned()
 			if err == ErrDrained && d.connectionGone() {
-				err = d.end(d.buf)
+				err = d.session.ended()
 			}
 			if r != nil || err != nil {
 				return r, err
@@ -298,7 +298,7 @@ func (d *Device) readOnce(fd int) (done bool, err error) {
 func (d *Device) failed(ctx context.Context, err error) error {
 	switch {
 	case err == os.ErrClosed, d.connectionGone(), isEnd(err) && d.connectionGoes():
-		return d.end(d.buf)
+		return d.session.ended()
 	case errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() != nil:
 		return context.Cause(ctx)
 	}
@@ -323,6 +323,11 @@ func (d *Device) connectionGoneIn(wait time.Duration) bool {
 		return true
 	}
 	defer d.file.Unpin()
+	return goneIn(fd, wait)
+}
+
+// goneIn waits for the end of the connection of a descriptor.
+func goneIn(fd int, wait time.Duration) bool {
 	fds := []unix.PollFd{{Fd: int32(fd)}}
 	for {
 		n, err := unix.Poll(fds, int(wait.Milliseconds()))
@@ -330,38 +335,6 @@ func (d *Device) connectionGoneIn(wait time.Duration) bool {
 			return n > 0 && fds[0].Revents&unix.POLLERR != 0
 		}
 	}
-}
-
-// end ends the session of a connection that is gone, or a device that is
-// closed, and returns what it ended by. buf is memory for a message; nil makes
-// some.
-func (d *Device) end(buf []byte) error {
-	s := d.session
-	if cause := context.Cause(s.life); cause != nil {
-		return cause
-	}
-	s.end(d.cause(buf))
-	return context.Cause(s.life)
-}
-
-// cause finds out how a connection ended. Only this read tells for sure: one
-// that was copying a request when the end came fails for that reason.
-func (d *Device) cause(buf []byte) error {
-	fd, ok := d.file.Pin()
-	if !ok {
-		return os.ErrClosed
-	}
-	if buf == nil {
-		buf = make([]byte, d.session.bufferSize)
-	}
-	_, err := unix.Read(fd, buf)
-	d.file.Unpin()
-	// An abort that was not made through /sys/fs/fuse looks like an unmount
-	// here, but leaves the mount behind.
-	if err == unix.ECONNABORTED || d.session.mounted() {
-		return ErrAborted
-	}
-	return ErrUnmounted
 }
 
 // accept makes a request of the message in d.buf, or returns nil if it was for

@@ -34,14 +34,13 @@ func (s *Session) notify(name string, code int32, parts ...[]byte) error {
 		length += len(p)
 	}
 	fusewire.PutNotifyHeader(&header, length, code)
-	d := s.anyDevice()
-	fd, ok := d.file.Pin()
+	file, fd, ok := s.pin()
 	if !ok {
 		return fuseError(name, s.object(), s.ended())
 	}
 	// Unlike an answer, this may wait.
 	_, err := unix.Writev(fd, append([][]byte{header[:]}, parts...))
-	d.file.Unpin()
+	file.Unpin()
 	if err == nil {
 		return nil
 	}

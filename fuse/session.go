@@ -124,22 +124,54 @@ func (s *Session) openDevices() []*Device {
 	return slices.Clone(s.devices)
 }
 
-// anyDevice returns a device that is open, if there is one.
-func (s *Session) anyDevice() *Device {
+// pin returns the file of a device that is open, pinned, and its descriptor. A
+// device leaves the list before it is closed, so without one all are, for good.
+func (s *Session) pin() (file *poller.File, fd int, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.devices) == 0 {
-		return s.device
+	for _, d := range s.devices {
+		if fd, ok := d.file.Pin(); ok {
+			return d.file, fd, true
+		}
 	}
-	return s.devices[0]
+	return nil, -1, false
 }
 
 // connectionGone tells whether the connection has ended, without reading.
-func (s *Session) connectionGone() bool { return s.anyDevice().connectionGone() }
+func (s *Session) connectionGone() bool {
+	file, fd, ok := s.pin()
+	if !ok {
+		return true
+	}
+	defer file.Unpin()
+	return goneIn(fd, 0)
+}
 
-// ended ends the session if its connection is gone or its devices are closed,
+// ended ends the session, whose connection is gone or whose devices are closed,
 // and returns what it ended by.
-func (s *Session) ended() error { return s.anyDevice().end(nil) }
+func (s *Session) ended() error {
+	if s.life.Err() == nil {
+		s.end(s.cause())
+	}
+	return context.Cause(s.life)
+}
+
+// cause finds out how a connection ended. Only this read tells for sure: one
+// that was copying a request when the end came fails for that reason.
+func (s *Session) cause() error {
+	file, fd, ok := s.pin()
+	if !ok {
+		return os.ErrClosed
+	}
+	_, err := unix.Read(fd, make([]byte, s.bufferSize))
+	file.Unpin()
+	// An abort that was not made through /sys/fs/fuse looks like an unmount
+	// here, but leaves the mount behind.
+	if err == unix.ECONNABORTED || s.mounted() {
+		return ErrAborted
+	}
+	return ErrUnmounted
+}
 
 // Config returns what was mounted: MountPoint is without symbolic links, and
 // Via is the way that was taken.
