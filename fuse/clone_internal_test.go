@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -279,4 +280,78 @@ func TestDrainWhileADeadlineIsLifted(t *testing.T) {
 		<-result
 	}
 	s.Resume()
+}
+
+// A Resume while Drain waits for the readers leaves nobody waiting: not Drain for a
+// reader that goes on, nor that for Drain.
+func TestResumeWhileReadersStop(t *testing.T) {
+	s := mounted(t)
+	first := s.Device()
+	second, err := s.Clone()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	// The reader of the first device has just read something.
+	first.reader.Lock()
+	drained := make(chan error, 1)
+	go func() { drained <- s.Drain(ctx) }()
+	for !s.drained() {
+		runtime.Gosched()
+	}
+	resumed := make(chan struct{})
+	go func() {
+		s.Resume()
+		close(resumed)
+	}()
+	time.Sleep(10 * time.Millisecond)
+	// That of the second one goes on as soon as it may.
+	ended := make(chan error, 1)
+	go func() {
+		for {
+			if _, err := second.Next(ctx); err != ErrDrained {
+				ended <- err
+				return
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	time.Sleep(10 * time.Millisecond)
+	first.reader.Unlock()
+	if err := testenv.Within(t, "Drain", func() error { return <-drained }); err != nil && !strings.Contains(err.Error(), "resumed") {
+		t.Errorf("Drain: %v", err)
+	}
+	<-resumed
+	look, stop := context.WithTimeout(ctx, time.Millisecond)
+	defer stop()
+	if _, err := first.Next(look); err != context.DeadlineExceeded {
+		t.Errorf("Next: %v", err)
+	}
+	cancel()
+	if err := <-ended; err != context.Canceled {
+		t.Errorf("Next: %v", err)
+	}
+}
+
+// A drain that stops the readers is one itself for a moment. Who reads is not told so,
+// if the session has gone on by then.
+func TestDrainIsNoReader(t *testing.T) {
+	s := mounted(t)
+	d := s.Device()
+	s.turning.Lock()
+	d.reader.Lock()
+	ctx, cancel := context.WithCancel(t.Context())
+	result := make(chan error, 1)
+	go func() {
+		_, err := d.Next(ctx)
+		result <- err
+	}()
+	time.Sleep(10 * time.Millisecond)
+	d.reader.Unlock()
+	s.turning.Unlock()
+	cancel()
+	if err := <-result; err != context.Canceled {
+		t.Errorf("Next: %v", err)
+	}
 }

@@ -87,8 +87,8 @@ func (s *Session) resize(maxWrite uint32) {
 // A request that the caller does not answer keeps its client waiting; see
 // [Request.Close].
 func (d *Device) Next(ctx context.Context) (*Request, error) {
-	if !d.reader.TryLock() {
-		return nil, d.busy()
+	if err := d.enter(); err != nil {
+		return nil, err
 	}
 	r, err := d.next(ctx)
 	d.reader.Unlock()
@@ -125,8 +125,8 @@ func (d *Device) All(ctx context.Context) iter.Seq2[*Request, error] {
 // goroutine, and a change of goroutines for each request, which shows with many
 // small requests (see README).
 func (d *Device) Requests(ctx context.Context) *kernstream.Stream[*Request] {
-	if !d.reader.TryLock() {
-		return kernstream.NewStream(ctx, func(context.Context, func(*Request) bool) error { return d.streamEnd(d.busy()) })
+	if err := d.enter(); err != nil {
+		return kernstream.NewStream(ctx, func(context.Context, func(*Request) bool) error { return d.streamEnd(err) })
 	}
 	// A device that is closed, and a session that is drained, do not wait for a
 	// consumer that does not receive.
@@ -162,6 +162,23 @@ func (d *Device) streamEnd(err error) error {
 		return fuseError("read", d.session.object(), err)
 	}
 	return err
+}
+
+// enter makes the caller the reader, or returns why it cannot be.
+func (d *Device) enter() error {
+	if d.reader.TryLock() {
+		return nil
+	}
+	if err := d.busy(); !isErrno(err, unix.EBUSY) {
+		return err
+	}
+	// A drain that has been resumed already was the reader for a moment.
+	d.session.turning.Lock()
+	defer d.session.turning.Unlock()
+	if d.reader.TryLock() {
+		return nil
+	}
+	return d.busy()
 }
 
 // busy returns why a caller is not the reader. Whoever ends or drains the

@@ -33,9 +33,7 @@ type drain struct {
 // Drain may be called again. At the end of the session it returns [ErrUnmounted],
 // [ErrAborted] or os.ErrClosed.
 func (s *Session) Drain(ctx context.Context) error {
-	d := s.startDrain()
-	s.wake()
-	s.stopReaders(d)
+	d := s.stopReaders()
 	select {
 	case <-d.quiet:
 	case <-d.resumed:
@@ -71,17 +69,23 @@ func (s *Session) startDrain() *drain {
 	return s.drain
 }
 
-// stopReaders waits until nobody reads: whoever was about to has either read, or
-// seen the drain.
-func (s *Session) stopReaders(d *drain) {
+// stopReaders starts a drain, and waits until nobody reads: whoever was about to
+// has either read, or seen the drain. A Resume meanwhile has to wait: a reader that
+// saw neither would go on, and not be woken again.
+func (s *Session) stopReaders() *drain {
+	s.turning.Lock()
+	defer s.turning.Unlock()
+	d := s.startDrain()
+	s.wake()
 	for _, device := range s.openDevices() {
 		device.reader.Lock()
-		defer device.reader.Unlock()
+		device.reader.Unlock() //lint:ignore SA2001 who reads from now on sees the drain
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	d.stopped = true
 	s.settle()
+	return d
 }
 
 // settle ends the waiting of Drain if nothing is in hand that somebody was given.
@@ -127,6 +131,8 @@ func (s *Session) leftInHand() string {
 // [Device.Next], [Device.All] or [Device.Requests] from then on. It must not be
 // called when another process serves the file system.
 func (s *Session) Resume() {
+	s.turning.Lock()
+	defer s.turning.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.drain == nil {

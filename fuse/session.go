@@ -44,6 +44,8 @@ type Session struct {
 	// before they read.
 	diverted atomic.Bool
 
+	turning sync.Mutex // held from the start of a drain until the readers have stopped, and by Resume
+
 	mu          sync.Mutex
 	devices     []*Device           // that are open, in the order in which they were opened
 	outstanding map[uint64]*Request // to be answered, by Header.Unique
