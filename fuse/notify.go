@@ -3,8 +3,11 @@ package fuse
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -20,27 +23,24 @@ import (
 //
 // All of them return an error that Is unix.ENOENT when the kernel does not know
 // the node or the name, which is usually all right; unix.EINVAL when the kernel
-// is too old for it; and [ErrUnmounted], [ErrAborted] or os.ErrClosed after the
-// end of the session.
+// is too old for it; unix.EMFILE if this process has no descriptor left, which each
+// needs one of; and [ErrUnmounted], [ErrAborted] or os.ErrClosed after the end of the
+// session. One that waits when the session is handed over goes on waiting after Close.
 
 // notify sends a notification.
 func (s *Session) notify(name string, code int32, parts ...[]byte) error {
-	if s.life.Err() != nil {
-		return fuseError(name, s.object(), context.Cause(s.life))
+	fd, err := s.beginNotify()
+	if err != nil {
+		return failed(name, s.object(), err)
 	}
+	defer s.endNotify(fd)
 	var header [fusewire.OutHeaderSize]byte
 	length := len(header)
 	for _, p := range parts {
 		length += len(p)
 	}
 	fusewire.PutNotifyHeader(&header, length, code)
-	file, fd, ok := s.pin()
-	if !ok {
-		return fuseError(name, s.object(), s.ended())
-	}
-	// Unlike an answer, this may wait.
-	_, err := unix.Writev(fd, append([][]byte{header[:]}, parts...))
-	file.Unpin()
+	_, err = unix.Writev(fd, append([][]byte{header[:]}, parts...))
 	if err == nil {
 		return nil
 	}
@@ -48,6 +48,86 @@ func (s *Session) notify(name string, code int32, parts ...[]byte) error {
 		return fuseError(name, s.object(), s.ended())
 	}
 	return fuseError(name, s.object(), os.NewSyscallError("writev", err))
+}
+
+// beginNotify returns a descriptor for one notification. Unlike an answer, that may
+// wait, and for an answer: it must not hold up the device that this goes through.
+func (s *Session) beginNotify() (fd int, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.life.Err() != nil {
+		return -1, context.Cause(s.life)
+	}
+	file, theirs, ok := s.pinAny()
+	if !ok {
+		return -1, os.ErrClosed
+	}
+	defer file.Unpin()
+	fd, err = unix.FcntlInt(uintptr(theirs), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return -1, os.NewSyscallError("fcntl", err)
+	}
+	s.notifying++
+	return fd, nil
+}
+
+func (s *Session) endNotify(fd int) {
+	unix.Close(fd)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.notifying--
+}
+
+// endNotifications waits for the notifications of a session that has ended. Where
+// its connection could not be aborted, they wait for answers: what keeps them waiting
+// fails as by an abort.
+func (s *Session) endNotifications() {
+	var buf []byte
+	for {
+		s.mu.Lock()
+		under := s.notifying
+		inHand := slices.Collect(maps.Values(s.outstanding))
+		s.mu.Unlock()
+		if under == 0 {
+			return
+		}
+		for _, r := range inHand {
+			r.device.refuse(r.Header.Unique)
+		}
+		if buf == nil {
+			buf = newBuffer(s.bufferSize, os.Getpagesize())
+		}
+		if !s.refuseUnread(buf) {
+			time.Sleep(time.Millisecond)
+		}
+	}
+}
+
+// refuseUnread refuses a request that nobody has read, and tells whether there was one.
+func (s *Session) refuseUnread(buf []byte) bool {
+	for _, d := range s.openDevices() {
+		fd, ok := d.file.Pin()
+		if !ok {
+			continue
+		}
+		n, err := unix.Read(fd, buf)
+		d.file.Unpin()
+		if err != nil {
+			continue
+		}
+		if h, err := fusewire.DecodeInHeader(buf[:n]); err == nil && Opcode(h.Opcode).answered() {
+			d.refuse(h.Unique)
+		}
+		return true
+	}
+	return false
+}
+
+// refuse answers a request as an abort does.
+func (d *Device) refuse(unique uint64) {
+	var header [fusewire.OutHeaderSize]byte
+	fusewire.PutOutHeader(&header, len(header), int(unix.ECONNABORTED), unique)
+	d.write(&header, nil)
 }
 
 // notifyName sends a notification about a name in a directory.

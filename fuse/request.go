@@ -181,8 +181,9 @@ func (r *Request) replyError(err error) error {
 	if err == nil {
 		return nil
 	}
-	// The kernel does not know the requests of a connection that is gone.
-	if s := r.device.session; err == os.ErrClosed || errors.Is(err, unix.ENOENT) && s.connectionGone() {
+	// The kernel does not know the requests of a connection that is gone, nor what
+	// the end of the session has answered.
+	if s := r.device.session; err == os.ErrClosed || errors.Is(err, unix.ENOENT) && (s.life.Err() != nil || s.connectionGone()) {
 		err = s.ended()
 	}
 	return r.refused("reply", err)

@@ -49,6 +49,7 @@ type Session struct {
 	mu          sync.Mutex
 	devices     []*Device           // that are open, in the order in which they were opened
 	outstanding map[uint64]*Request // to be answered, by Header.Unique
+	notifying   int                 // notifications under way
 	inHand      int                 // requests that were read and are neither answered nor closed
 	returned    []*Request          // of those, the ones that nobody was given
 	reading     context.Context     // done while drained
@@ -131,6 +132,11 @@ func (s *Session) openDevices() []*Device {
 func (s *Session) pin() (file *poller.File, fd int, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.pinAny()
+}
+
+// pinAny is pin where s.mu is held.
+func (s *Session) pinAny() (file *poller.File, fd int, ok bool) {
 	for _, d := range s.devices {
 		if fd, ok := d.file.Pin(); ok {
 			return d.file, fd, true
@@ -238,6 +244,9 @@ func (s *Session) release() error {
 	var err error
 	if s.id != (MountID{}) && !handedOver {
 		err = s.unmountForGood()
+	}
+	if !handedOver {
+		s.endNotifications()
 	}
 	for _, d := range s.openDevices() {
 		d.shut()

@@ -220,6 +220,7 @@ func (s *Session) Abort() error {
 		// It takes root, or a mounted fusectl. The kernel aborts, too, when
 		// nobody has the device open any more.
 		s.end(ErrAborted)
+		s.endNotifications() // they have the device open, too
 		for _, d := range s.openDevices() {
 			d.file.Close()
 		}
