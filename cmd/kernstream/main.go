@@ -201,8 +201,21 @@ func newFlags(env *environment, name, synopsis, help string) (*flag.FlagSet, *co
 }
 
 // parse parses args, checks the common flags, and returns the context of the
-// command.
-func (c *common) parse(ctx context.Context, env *environment, flags *flag.FlagSet, args []string) (context.Context, context.CancelFunc, error) {
+// command, which has a moment to end when that is done.
+func (c *common) parse(signals context.Context, env *environment, flags *flag.FlagSet, args []string) (context.Context, context.CancelFunc, error) {
+	ctx, cancel, err := c.parsePatiently(signals, env, flags, args)
+	if err != nil {
+		return nil, nil, err
+	}
+	stop := context.AfterFunc(ctx, func() {
+		time.Sleep(grace)
+		env.exit(exitStatus(signals, context.Cause(ctx)))
+	})
+	return ctx, func() { stop(); cancel() }, nil
+}
+
+// parsePatiently is parse for a command that sees to its end itself.
+func (c *common) parsePatiently(ctx context.Context, env *environment, flags *flag.FlagSet, args []string) (context.Context, context.CancelFunc, error) {
 	if err := parseOrExplain(env, flags, c.synopsis, args); err != nil {
 		return nil, nil, err
 	}
@@ -212,17 +225,12 @@ func (c *common) parse(ctx context.Context, env *environment, flags *flag.FlagSe
 	case c.timeout < 0:
 		return nil, nil, wrongUsage(flags, "-timeout must not be negative")
 	}
-	signals := ctx
-	ctx, cancel := context.WithCancel(ctx)
 	if c.timeout > 0 {
-		cancel() // of a context that is not needed
-		ctx, cancel = context.WithTimeoutCause(signals, c.timeout, errTimeout)
+		ctx, cancel := context.WithTimeoutCause(ctx, c.timeout, errTimeout)
+		return ctx, cancel, nil
 	}
-	stop := context.AfterFunc(ctx, func() {
-		time.Sleep(grace)
-		env.exit(exitStatus(signals, context.Cause(ctx)))
-	})
-	return ctx, func() { stop(); cancel() }, nil
+	ctx, cancel := context.WithCancel(ctx)
+	return ctx, cancel, nil
 }
 
 // parseOrExplain parses args. What -help prints was asked for, so it is no

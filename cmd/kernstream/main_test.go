@@ -445,6 +445,26 @@ func TestReaderGoesAway(t *testing.T) {
 	wait(t, cmd)
 }
 
+// startUnread starts a command whose output nobody reads.
+func startUnread(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	t.Cleanup(func() { r.Close() })
+	// Nothing fits into a pipe that is full.
+	w.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
+	for err == nil {
+		_, err = w.Write(make([]byte, 4096))
+	}
+	cmd.Stdout = w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestNobodyReads: a command whose output nobody takes can be ended all the same.
 func TestNobodyReads(t *testing.T) {
 	testenv.NeedMounts(t)
@@ -457,22 +477,8 @@ func TestNobodyReads(t *testing.T) {
 		{syscall.SIGTERM, nil, 0},
 		{0, []string{"-timeout", "50ms"}, 3},
 	} {
-		r, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer r.Close()
-		// Nothing fits into a pipe that is full.
-		w.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
-		for err == nil {
-			_, err = w.Write(make([]byte, 4096))
-		}
 		cmd := testenv.Child(t, "kernstream", append([]string{"mounts"}, test.args...)...)
-		cmd.Stdout = w
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		w.Close()
+		startUnread(t, cmd)
 		if test.signal != 0 {
 			atWork(t, cmd)
 			time.Sleep(100 * time.Millisecond) // it comes to the pipe

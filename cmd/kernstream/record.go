@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -32,8 +33,9 @@ record is written to FILE at the end, one JSON object per line with how often ea
 file was accessed, and a last one with the verdict, whether that is all. FILE is
 replaced as a whole, or not at all.
 
-Signals go to COMMAND. The exit status is that of COMMAND, 128 and the number of
-the signal that killed it; if that is 0, it is 5 when the record is incomplete.
+Signals go to COMMAND; once it has ended, they end the record. The exit status is
+that of COMMAND, 128 and the number of the signal that killed it; if that is 0, it
+is 5 when the record is incomplete.
 A COMMAND that still runs when -n or -timeout ends the record is killed, and does
 not count for the exit status.
 
@@ -54,6 +56,9 @@ const recordable = kernstream.OpOpen | kernstream.OpAccess | kernstream.OpOpenEx
 // errIncomplete is the end of a record that misses something.
 var errIncomplete = errors.New("the record is incomplete")
 
+// errInterrupted is the end by a signal that is for nobody else.
+var errInterrupted = errors.New("interrupted")
+
 // commandStatus is the end of a command that failed, which is no error of
 // ours.
 type commandStatus int
@@ -73,7 +78,7 @@ func record(signals context.Context, env *environment, args []string) error {
 	flags.IntVar(&options.MaxFiles, "max-files", 0, "leave out what comes after `N` files (default 1048576)")
 	flags.BoolVar(&options.LimitedQueue, "limited-queue", false, "leave the limit of the kernel's queue as it is, and lose what does not fit")
 	// A signal is not the end of the command, and so not of the record.
-	ctx, cancel, err := common.parse(context.WithoutCancel(signals), env, flags, args)
+	ctx, cancel, err := common.parsePatiently(context.WithoutCancel(signals), env, flags, args)
 	if err != nil {
 		return err
 	}
@@ -115,9 +120,9 @@ func record(signals context.Context, env *environment, args []string) error {
 	}
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	defer context.AfterFunc(signals, func() { stop(context.Cause(signals)) })()
+	defer context.AfterFunc(signals, func() { stop(errInterrupted) })()
 	err = r.record(ctx)
-	if signals.Err() != nil && errors.Is(err, context.Cause(signals)) {
+	if errors.Is(err, errInterrupted) {
 		err = nil // a way to be done
 	}
 	written := r.finish()
@@ -133,6 +138,10 @@ type recordRun struct {
 	target  recorder.Target
 	list    *recorder.List
 	enough  bool // there are as many lines as were asked for
+
+	// Odd while it waits for somebody else: a file system that is to be recorded, or
+	// who reads the lines.
+	stuck atomic.Int64
 }
 
 // checkOutput finds out early what would be a pity to learn at the end.
@@ -152,21 +161,62 @@ func (r *recordRun) checkOutput() error {
 
 // record records until the target or ctx ends, or N files are there, and keeps the list.
 func (r *recordRun) record(ctx context.Context) error {
-	recording, err := recorder.Record(ctx, r.target, r.options)
+	recording, err := r.begin(ctx)
 	if err != nil {
 		return err
 	}
-	return r.receive(recording)
+	return r.patiently(ctx, func() error { return r.take(recording) })
 }
 
-func (r *recordRun) receive(recording *recorder.Recording) error {
+// begin begins to record.
+func (r *recordRun) begin(ctx context.Context) (recording *recorder.Recording, err error) {
+	err = r.patiently(ctx, func() (err error) {
+		r.stuck.Add(1)
+		defer r.stuck.Add(1)
+		recording, err = recorder.Record(ctx, r.target, r.options)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return recording, nil
+}
+
+// patiently waits for f, after the end of ctx, too: to end a record takes its time. But
+// it does not wait for who may never come.
+func (r *recordRun) patiently(ctx context.Context, f func() error) error {
+	result := make(chan error, 1)
+	go func() { result <- f() }()
+	select {
+	case err := <-result:
+		return err
+	case <-ctx.Done():
+	}
+	for {
+		before := r.stuck.Load()
+		select {
+		case err := <-result:
+			return err
+		case <-time.After(grace):
+			if before%2 != 0 && r.stuck.Load() == before {
+				return context.Cause(ctx)
+			}
+		}
+	}
+}
+
+// take takes the accesses, and then the list.
+func (r *recordRun) take(recording *recorder.Recording) error {
 	defer recording.Close()
 	print := r.printer()
 	stop := r.showProgress(recording)
 	n := 0
 	for access := range recording.C {
 		if n++; r.output == "" {
-			if err := print(access); err != nil {
+			r.stuck.Add(1)
+			err := print(access)
+			r.stuck.Add(1)
+			if err != nil {
 				return err
 			}
 		}
@@ -260,31 +310,42 @@ func (r *recordRun) command(ctx context.Context, args []string) error {
 	signal.Notify(signals, passedOn...)
 	defer signal.Stop(signals)
 
-	recording, err := recorder.Record(ctx, recorder.Command(cmd), r.options)
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	r.target = recorder.Command(cmd)
+	recording, err := r.begin(ctx)
 	if err != nil {
 		return err
 	}
+	waited := make(chan struct{})
+	go func() {
+		defer close(waited)
+		cmd.Wait()
+	}()
 	ended := make(chan struct{})
 	var passing sync.WaitGroup
 	passing.Go(func() {
 		for {
 			select {
 			case s := <-signals:
-				if !terminalSends(s) {
-					cmd.Process.Signal(s)
+				select {
+				case <-waited:
+					stop(errInterrupted) // there is nobody else to be interrupted
+				default:
+					if !terminalSends(s) {
+						cmd.Process.Signal(s)
+					}
 				}
 			case <-ended:
 				return
 			}
 		}
 	})
-	waited := make(chan struct{})
-	go func() {
-		defer close(waited)
-		cmd.Wait()
-	}()
-	err = r.receive(recording)
-	cut := r.enough || ctx.Err() != nil
+	err = r.patiently(ctx, func() error { return r.take(recording) })
+	if errors.Is(err, errInterrupted) {
+		err = nil
+	}
+	cut := r.enough || errors.Is(context.Cause(ctx), errTimeout)
 	if cut {
 		cmd.Process.Kill() // nobody would be left to wait for it
 	}
