@@ -82,7 +82,7 @@ func (d *daemon) main(ctx context.Context, log string, marks []kernstream.Mark) 
 	}
 	out := io.Writer(os.Stdout)
 	if log != "" {
-		file, err := os.OpenFile(log, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+		file, err := openLog(log)
 		if err != nil {
 			return err
 		}
@@ -94,6 +94,36 @@ func (d *daemon) main(ctx context.Context, log string, marks []kernstream.Mark) 
 	signal.Notify(reload, syscall.SIGHUP)
 	defer signal.Stop(reload)
 	return d.guard(ctx, reload, marks)
+}
+
+// openLog opens the log to append to it. If that ends in the middle of a line, because
+// the disk was full or the machine went down, the next one does not go on with that.
+func openLog(name string) (*os.File, error) {
+	file, err := os.OpenFile(name, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	st, err := file.Stat()
+	if err == nil && st.Mode().IsRegular() && st.Size() > 0 && !endsLine(name, st.Size()) {
+		_, err = file.WriteString("\n")
+	}
+	if err != nil {
+		file.Close()
+		return nil, err
+	}
+	return file, nil
+}
+
+// endsLine tells whether a file of that size ends with a line, as far as one may know.
+func endsLine(name string, size int64) bool {
+	file, err := os.Open(name)
+	if err != nil {
+		return true
+	}
+	defer file.Close()
+	last := []byte{0}
+	_, err = file.ReadAt(last, size-1)
+	return err != nil || last[0] == '\n'
 }
 
 // guard answers until ctx is done.

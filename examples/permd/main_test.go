@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -175,6 +176,60 @@ func TestLog(t *testing.T) {
 	l.cmd.Wait()
 	if code := l.cmd.ProcessState.ExitCode(); code != 1 {
 		t.Errorf("exit status %d", code)
+	}
+}
+
+// A log that a full disk has cut off in a line goes on with the next one.
+func TestLogOfAFullDisk(t *testing.T) {
+	testenv.NeedMounts(t)
+	dir := t.TempDir()
+	if err := unix.Mount("full", dir, "tmpfs", 0, "size=8k"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	name := filepath.Join(dir, "log")
+	d := &daemon{}
+	write := func() error {
+		file, err := openLog(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		d.log = json.NewEncoder(file)
+		for range 1000 {
+			if err := d.log.Encode(decision{Path: "/a path that is as long as this"}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := write(); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("on a full disk: %v", err)
+	}
+	cut, err := os.ReadFile(name)
+	if err != nil || strings.HasSuffix(string(cut), "\n") {
+		t.Fatalf("the log is not cut off: %v", err)
+	}
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := write(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	decisions, want := 0, strings.Count(string(cut), "\n")+2*1000
+	for line := range strings.Lines(string(text)) {
+		if json.Unmarshal([]byte(line), &decision{}) == nil {
+			decisions++
+		}
+	}
+	if decisions != want {
+		t.Errorf("%d decisions; want %d", decisions, want)
 	}
 }
 
