@@ -72,6 +72,32 @@ func TestRecordNobodyReads(t *testing.T) {
 	}
 }
 
+// TestRecordTimeoutWritesAll: when the time is up, what was recorded is written, however
+// long that takes.
+func TestRecordTimeoutWritesAll(t *testing.T) {
+	needRecord(t)
+	file := filepath.Join(t.TempDir(), "record")
+	if err := unix.Mkfifo(file, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := testenv.Child(t, "kernstream", "record", "-timeout", "100ms", "-o", file, "-dir", recordedDir(t, "0"))
+	cmd.Stderr = nil
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan int, 1)
+	go func() { ended <- wait(t, cmd) }()
+	select {
+	case status := <-ended:
+		t.Fatalf("status %d before anybody has taken the record", status)
+	case <-time.After(2 * grace):
+	}
+	readRecord(t, file)
+	if status := <-ended; status != exitTimeout {
+		t.Errorf("status %d; want %d", status, exitTimeout)
+	}
+}
+
 // waitFile waits until there is a file.
 func waitFile(t *testing.T, name string) {
 	t.Helper()
