@@ -122,7 +122,7 @@ func record(signals context.Context, env *environment, args []string) error {
 	defer stop(nil)
 	defer context.AfterFunc(signals, func() { stop(errInterrupted) })()
 	err = r.record(ctx)
-	if errors.Is(err, errInterrupted) {
+	if errors.Is(err, errInterrupted) && (r.list != nil || r.output == "") {
 		err = nil // a way to be done
 	}
 	written := r.finish()
