@@ -169,8 +169,9 @@ func (r *recordRun) record(ctx context.Context) error {
 }
 
 // begin begins to record.
-func (r *recordRun) begin(ctx context.Context) (recording *recorder.Recording, err error) {
-	err = r.patiently(ctx, func() (err error) {
+func (r *recordRun) begin(ctx context.Context) (*recorder.Recording, error) {
+	var recording *recorder.Recording
+	err := r.patiently(ctx, func() (err error) {
 		r.stuck.Add(1)
 		defer r.stuck.Add(1)
 		recording, err = recorder.Record(ctx, r.target, r.options)
