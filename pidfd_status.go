@@ -23,12 +23,15 @@ func (p *process) findStatus(state pidfd.State) pidfd.State {
 		p.end.status, p.end.statusKnown = status, true
 		return state
 	}
-	stat, readable := readStat(int(p.pid))
+	number := int(p.pid)
+	stat, readable := readStat(number)
 	// Asked after the read: another /proc may be mounted at any time.
 	if !procIsOurs() {
-		number, _ := procNumber(fd)
+		number, _ = procNumber(fd)
 		stat, readable = readStat(number)
 	}
+	// To those who may not know the status, the kernel shows a 0.
+	known := stat.ExitCode != 0 || stat.Permitted || readable && stat.State == 'Z' && mayKnow(number, stat)
 	// A number that the process still has after the read was its during it.
 	if after, err := pidfd.Poll(fd); err == nil && after == pidfd.Reaped {
 		return after
@@ -36,11 +39,24 @@ func (p *process) findStatus(state pidfd.State) pidfd.State {
 	if !readable || stat.State != 'Z' || !pidfd.HasID() && !pidfd.Unreaped(fd) {
 		return state
 	}
-	// To those who may not know the status, the kernel shows a 0.
-	if stat.ExitCode != 0 || stat.Permitted {
+	if known {
 		p.end.status, p.end.statusKnown = stat.ExitCode, true
 	}
 	return state
+}
+
+// mayKnow tells whether the kernel shows this process the status of a zombie, where
+// stat does not tell: in its last steps it does not wait yet. A link in /proc is
+// for the same readers, and that one a zombie does not have any more.
+func mayKnow(pid int, stat procfs.Stat) bool {
+	var name [1]byte
+	_, err := unix.Readlink("/proc/"+strconv.Itoa(pid)+"/exe", name[:])
+	if err != unix.ENOENT {
+		return false
+	}
+	// Without the process there would be no link, either.
+	again, ok := readStat(pid)
+	return ok && again.State == 'Z' && again.StartTime == stat.StartTime
 }
 
 // findReapedStatus asks for what the kernel keeps for the pidfds of a process

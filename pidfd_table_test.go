@@ -541,3 +541,28 @@ func TestProcessEventText(t *testing.T) {
 		}
 	}
 }
+
+// TestMayKnow: who may know the status of a zombie is told in its last steps, too.
+// (Of another user's it is unknown: TestProcessZombieAsAnotherUser.)
+func TestMayKnow(t *testing.T) {
+	cmd := exec.Command("/bin/sh", "-c", "exit 0")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	zombie, ok := readStat(cmd.Process.Pid)
+	for begin := time.Now(); zombie.State != 'Z'; time.Sleep(time.Millisecond) {
+		if !ok || time.Since(begin) > testenv.Patience {
+			t.Fatalf("it does not end: %+v", zombie)
+		}
+		zombie, ok = readStat(cmd.Process.Pid)
+	}
+	if !mayKnow(cmd.Process.Pid, zombie) {
+		t.Error("a child's status is unknown")
+	}
+	for what, pid := range map[string]int{"a process that runs": os.Getpid(), "none": 1 << 30} {
+		if mayKnow(pid, zombie) {
+			t.Errorf("%s is taken for a zombie", what)
+		}
+	}
+}

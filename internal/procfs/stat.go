@@ -15,7 +15,8 @@ type Stat struct {
 
 	// Permitted tells that the reader may know: a zombie waits for ever, and
 	// the kernel says so (field wchan) to those who pass the check of ptrace(2)
-	// alone. It is never set for a process that runs.
+	// alone. It is never set for a process that runs, nor in the last steps of one
+	// that is a zombie already.
 	Permitted bool
 }
 
