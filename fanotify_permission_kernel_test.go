@@ -485,12 +485,7 @@ func TestPermissionPidFDRoom(t *testing.T) {
 	testenv.NoLeaks(t)
 	l := &fileLab{t: t, dir: labDir(t)}
 	l.ensure("f")
-	var limit unix.Rlimit
-	l.do(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
-	low := limit
-	low.Cur = 240
-	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
-	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	defer l.limitDescriptors(240)()
 	options := contentOptions(allow)
 	options.ReportPidFD = true
 	l.watch(options, kernstream.Mark{Path: "f", Ops: openPerm})

@@ -375,11 +375,8 @@ func TestPermissionNoDescriptors(t *testing.T) {
 	held := o.begin("open", l.path("f"))
 	e := l.receive()
 	results := make([]<-chan opened, 5)
-	var limit unix.Rlimit
-	l.do(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
-	low := limit
-	low.Cur = 3
-	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
+	restore := l.limitDescriptors(3)
+	defer restore()
 	for i := range results {
 		results[i] = o.begin("open", l.path("f"))
 	}
@@ -403,7 +400,7 @@ func TestPermissionNoDescriptors(t *testing.T) {
 	wantError(t, err, unix.EMFILE, "detach")
 	l.do(e.Allow())
 	o.want(held, 0)
-	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+	restore()
 	l.do(e.Close())
 	result := o.begin("open", l.path("f"))
 	e = l.receive()
@@ -428,12 +425,7 @@ func TestPermissionFewDescriptors(t *testing.T) {
 		results[i] = o.begin("open", l.path("f"))
 	}
 	o.waiting(len(results))
-	var limit unix.Rlimit
-	l.do(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
-	low := limit
-	low.Cur = 200
-	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
-	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	defer l.limitDescriptors(200)()
 	options := contentOptions(allow)
 	options.Group = group
 	options.MaxPending = 10

@@ -110,12 +110,7 @@ func TestFilePidFDBatch(t *testing.T) {
 	for i := range files {
 		l.read(fmt.Sprint(i))
 	}
-	var limit unix.Rlimit
-	l.do(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
-	low := limit
-	low.Cur = 256
-	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
-	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	defer l.limitDescriptors(256)()
 	l.watch(&kernstream.FileOptions{Group: group})
 	for range files {
 		e := l.receive()

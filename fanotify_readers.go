@@ -132,8 +132,8 @@ func (rs *permissionReaders) takeBack(r *permissionReader) bool {
 	return true
 }
 
-// watch notes that a read begins, with all that follows it, and that somebody has to look how long it
-// takes.
+// watch notes that a read begins, with all that follows it, and that somebody has to
+// look how long it takes.
 func (rs *permissionReaders) watch(r *permissionReader) {
 	r.since.Store(max(1, int64(time.Since(rs.birth))))
 	if !rs.armed.Load() && rs.armed.CompareAndSwap(false, true) {

@@ -229,15 +229,11 @@ func TestFileDescriptorsRunOut(t *testing.T) {
 		defer f.Close()
 		writers[i] = f
 	}
-	var limit unix.Rlimit
-	l.do(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
-	low := limit
 	next, err := unix.Open("/", unix.O_PATH|unix.O_CLOEXEC, 0)
 	l.do(err)
 	unix.Close(next)
-	low.Cur = uint64(next + 5)
-	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
-	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	restore := l.limitDescriptors(uint64(next + 5))
+	defer restore()
 	for _, f := range writers {
 		f.Write([]byte("x"))
 	}
@@ -254,13 +250,13 @@ func TestFileDescriptorsRunOut(t *testing.T) {
 			t.Fatalf("event %v", e)
 		}
 		if bad == files/2 {
-			l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+			restore()
 		}
 	}
 	if good == 0 || bad == 0 {
 		t.Errorf("%d with a descriptor, %d without", good, bad)
 	}
-	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+	restore()
 	writers[0].Write([]byte("y"))
 	if e := l.receive(); e.Err != nil || e.Path != l.path("f0") || e.Close() != nil {
 		t.Errorf("event %v; want f0", e)
@@ -275,14 +271,11 @@ func TestFileHandleDescriptorsRunOut(t *testing.T) {
 	f, err := os.OpenFile(l.path("d/f"), os.O_WRONLY, 0)
 	l.do(err)
 	defer f.Close()
-	var limit unix.Rlimit
-	l.do(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
-	low := limit
-	low.Cur = 3
-	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
+	restore := l.limitDescriptors(3)
+	defer restore()
 	f.Write([]byte("x"))
 	e := l.receive()
-	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+	restore()
 	if !errors.Is(e.Err, unix.EMFILE) || e.Path != "f" || e.PathState != kernstream.PathUnknown || e.Ops != kernstream.OpModify {
 		t.Errorf("event %v; want the name, and EMFILE", e)
 	}

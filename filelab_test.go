@@ -127,6 +127,15 @@ func receiveFile(t testing.TB, w *kernstream.FileWatcher) *kernstream.FileEvent 
 	return nil
 }
 
+// limitDescriptors lets this process have n descriptors until restore is called.
+func (l *fileLab) limitDescriptors(n uint64) (restore func()) {
+	l.t.Helper()
+	var limit unix.Rlimit
+	l.do(unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: n, Max: limit.Max}))
+	return func() { l.do(unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)) }
+}
+
 // quiet fails the test if there is an event.
 func (l *fileLab) quiet(why string) {
 	l.t.Helper()
